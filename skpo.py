@@ -1,0 +1,1180 @@
+"""SKPO, Skip-Connected Policy Optimization (Teng et al., arXiv 2604.08690), in one file.
+
+    python skpo.py                                          # embedded tiny model and task, CPU, about a minute
+    python skpo.py --model Qwen2.5-0.5B                     # from the hub, or a local folder; built-in arithmetic
+    python skpo.py --model Qwen2.5-0.5B --data train.jsonl --eval_data aime24.jsonl,amc23.jsonl
+    python skpo.py --algo grpo ...                          # the baseline, everything else the same
+    python skpo.py --steps 0 --eval_data test.jsonl --model runs/x/model      # evaluation alone
+
+GRPO gives every token of a response the same credit. Token-level credit by Monte Carlo needs hundreds of samples per
+prefix before even its sign can be trusted. SKPO therefore looks at ONE position of a response only. For each prompt q:
+  sample G upstream segments, pause them at t_q, keep the one of median surprise: s
+  put it AHEAD of the prompt, [s, q], and sample G complete downstream responses from that
+  reward each by its final answer; their mean is the Monte Carlo value of s, at no further cost
+  downstream tokens: group-relative advantage, token-mean loss, clipped ratio as a constant (eq. 5)
+  upstream tokens: that mean minus a running value of the prompt, batch-normalised, PPO-clip (eq. 6)
+The skip connection [s, q] lets the model restart from the problem: s can help, mislead or be ignored, so the responses
+stay diverse. Equation numbers are the paper's; "SPO" is Xu & Ding, arXiv 2509.13232, on which the upstream part rests.
+"""
+import argparse
+import difflib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import mpmath  # sympy's own arithmetic
+import numpy as np
+import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
+                          LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from transformers.hf_argparser import HfArg
+
+
+class UserError(Exception):
+    """A mistake that its maker can mend: shown as one line, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: the paper's Appendix C, a knob a line
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """Every knob. The defaults are the paper's; EMBEDDED below holds those of the embedded model."""
+    model: str = HfArg(default="embedded", help="transformers folder or hub name; 'embedded': a tiny one, built here")
+    data: str = HfArg(default="", help="JSON lines of problems to train on; '': built-in ones")
+    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': a held-out part of data")
+    out: str = HfArg(default="", help="folder of this run; '': a new one under runs/")
+    algo: Literal["skpo", "grpo"] = HfArg(default="skpo", help="grpo: no upstream, G responses straight from q")
+    steps: int = HfArg(default=500, help="training steps; 0: evaluation alone")
+    prompts_per_step: int = HfArg(default=128, help="B, prompts in a step")
+    minibatches: int = HfArg(default=4, help="optimiser steps per training step, each on B / minibatches prompts")
+    group_size: int = HfArg(default=8, help="G, samples per prompt")
+    max_prompt_tokens: int = HfArg(default=1024, help="longer prompts are dropped")
+    max_new_tokens: int = HfArg(default=3072, help="response limit, tokens")
+    temperature: float = HfArg(default=1.0, help="of sampling; the policy is softmax(logits / temperature) throughout")
+    lr: float = HfArg(default=1e-6, help="of AdamW, after the warm-up")
+    warmup_steps: int = HfArg(default=10, help="training steps of linear warm-up")
+    weight_decay: float = HfArg(default=0.1, help="of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm")
+    clip_low: float = HfArg(default=0.2, help="ratio clipped at 1 - this; upstream also at 1 + this")
+    clip_high: float = HfArg(default=0.28, help="ratio clipped at 1 + this downstream (Clip-Higher)")
+    w_up: float = HfArg(default=0.5, help="weight of the upstream loss")
+    w_down: float = HfArg(default=0.5, help="weight of the downstream loss")
+    split_low: float = HfArg(default=1 / 6, help="t_q is drawn between split_low * L_q ...")
+    split_high: float = HfArg(default=1 / 2, help="... and split_high * L_q")
+    init_length: float = HfArg(default=1024, help="L_q of a prompt not seen yet, tokens")
+    rho_min: float = HfArg(default=0.875, help="trackers: least memory, after a large move of the policy")
+    rho_max: float = HfArg(default=0.96, help="trackers: most memory, after a small one")
+    tau: float = HfArg(default=8.0, help="trackers: the divergence that halves the memory, before clipping")
+    explore_eps: float = HfArg(default=0.05, help="added to every prompt's sampling weight")
+    template: Literal["auto", "none"] = HfArg(default="auto", help="auto: chat template if there is one, ask for a box; "
+                                              "none: the question exactly as it is")
+    micro_tokens: int = HfArg(default=16384, help="tokens in one forward pass of training, padding counted")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute; auto: bfloat16 on a GPU; "
+                                                          "weights are float32 always")
+    device: str = HfArg(default="", help="cpu, cuda, cuda:1, mps; '': cuda if there is one")
+    seed: int = HfArg(default=0, help="the same seed on the same machine gives the same numbers")
+    eval_every: int = HfArg(default=50, help="steps between evaluations, first and last step included; 0: never")
+    eval_samples: int = HfArg(default=4, help="k of avg@k, samples per evaluation problem")
+    save_every: int = HfArg(default=50, help="steps between checkpoints; 0: none")
+    resume: bool = HfArg(default=False, help="continue the run in --out from its checkpoint")
+
+
+EMBEDDED = dict(steps=80, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10, eval_every=40)
+
+
+def check_config(c):
+    """Every mistake that can be seen before a model is loaded. Raises UserError."""
+    for name in ("prompts_per_step", "minibatches", "max_prompt_tokens", "max_new_tokens", "micro_tokens",
+                 "eval_samples", "init_length", "lr", "tau", "max_grad_norm"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise UserError(f"--{name} must be above 0, not {getattr(c, name)}")
+    for name in ("steps", "warmup_steps", "weight_decay", "eval_every", "save_every", "explore_eps", "temperature",
+                 "w_up", "w_down", "clip_low", "clip_high", "seed"):
+        if not 0 <= getattr(c, name) < math.inf:
+            raise UserError(f"--{name} must be 0 or more, not {getattr(c, name)}")
+    if c.group_size < 2:
+        raise UserError(f"--group_size must be 2 or more, not {c.group_size}: advantages compare the samples of a prompt")
+    if c.prompts_per_step % c.minibatches:
+        raise UserError(f"--minibatches {c.minibatches} does not divide --prompts_per_step {c.prompts_per_step}")
+    if not 0 < c.split_low <= c.split_high <= 1:
+        raise UserError(f"the split needs 0 < --split_low {c.split_low:g} <= --split_high {c.split_high:g} <= 1")
+    if not 0 <= c.rho_min <= c.rho_max <= 1:
+        raise UserError(f"the trackers need 0 <= --rho_min {c.rho_min:g} <= --rho_max {c.rho_max:g} <= 1")
+    if c.clip_low >= 1:
+        raise UserError(f"--clip_low must be below 1, not {c.clip_low:g}")
+    if c.steps and not c.temperature:
+        raise UserError("--temperature 0 is greedy: good for evaluation (--steps 0), but nothing can be learned from it")
+    for name in ("algo", "template", "dtype"):
+        choices = next(f.type for f in fields(Config) if f.name == name).__args__
+        if getattr(c, name) not in choices:
+            raise UserError(f"--{name} must be one of {', '.join(choices)}, not {getattr(c, name)!r}")
+    try:
+        torch.empty(0, device=c.device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {c.device}: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Problem:
+    question: str
+    answer: str
+
+
+ASK = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def load_problems(source):
+    """The problems of a JSON-lines file ("question" or "problem", and "answer": text, number or GSM8K's "#### 18"),
+    or a built-in set: "sums" (the embedded model's) or "arithmetic". Returns list[Problem]; raises UserError."""
+    if source in ("sums", "arithmetic"):
+        return builtin_problems(source)
+    problems = []
+    try:
+        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not text: JSON lines are wanted") from None
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{source}, line {number}: not JSON ({str(error)[:80]})") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{source}, line {number}: not an object with "question" and "answer"')
+        question, answer = row.get("question", row.get("problem")), row.get("answer")
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f'{source}, line {number}: no text in "question" or "problem"')
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+            raise UserError(f'{source}, line {number}: no text or number in "answer"')
+        problems.append(Problem(question, str(answer).rsplit("####", 1)[-1].strip()))
+    if not problems:
+        raise UserError(f"{source} holds no problems")
+    return problems
+
+
+def builtin_problems(name, n=2048):
+    """"sums": six digits to add one by one, modulo 10. "arithmetic": one line each, for a real pretrained model."""
+    rng = np.random.default_rng(20260409)
+    if name == "sums":
+        digits = rng.permutation(10**6)[:n]
+        return [Problem(f"{d:06d}", str(sum(map(int, str(d))) % 10)) for d in digits]
+    a, b, c, d = rng.integers(2, 100, (4, n)).tolist()
+    forms = [lambda a, b, c, d: (f"{a} + {b} * {c}", a + b * c), lambda a, b, c, d: (f"({a} + {b}) * {c} - {d}", (a + b) * c - d),
+             lambda a, b, c, d: (f"{a} * {b} - {c} * {d}", a * b - c * d), lambda a, b, c, d: (f"{a} + {b} + {c} - {d}", a + b + c - d)]
+    pairs = dict(forms[i % 4](*x) for i, x in enumerate(zip(a, b, c, d)))  # a dict: no problem twice
+    return [Problem(f"What is {question}?", str(answer)) for question, answer in pairs.items()]
+
+
+def prompt_ids(tokenizer, question, template="auto"):
+    """The token ids of a prompt. The question exactly as it is for "none"; with "auto" the request for a box follows,
+    inside the tokenizer's chat template if it has one."""
+    if template == "auto" and tokenizer.chat_template:
+        messages = [{"role": "user", "content": f"{question}\n{ASK}"}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    ids = tokenizer(question if template == "none" else f"{question}\n{ASK}\n")["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards: is the last box right? Model output is untrusted text, so nothing here evaluates it as code: a parser of our
+# own turns it into numbers, and every size is bounded before anything is computed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MP = mpmath.MPContext()
+MP.dps = 60
+TOKEN = re.compile(r"\\[a-zA-Z]+|\d+\.?\d*|\.\d+|[a-zA-Z]|\S")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?", re.I)
+FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
+             "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
+UNIFY = [(re.compile(pattern), new) for pattern, new in [
+    (r"[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×|·", r"\\times "), ("÷", "/"),
+    (r"\\(?:left|right|displaystyle|limits|bigl?|bigr?|Bigl?|Bigr?)(?![a-zA-Z])|\\[!;:]|\\[()]|~", ""),
+    (r"(?<=\d)(?:\{,\}|\\,|,\\!)(?=\d{3})", ""), (r"\\,|\\ |\\q?quad", " "),  # thousands, then spaces
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree|\\\$|[$£€]", ""),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\dbinom", r"\\binom"), (r"\\(?:lvert|rvert|vert|mid)(?![a-zA-Z])", "|"),
+    (r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","), (r"\*\*", "^"), (r"\\(?:cdot|ast)(?![a-zA-Z])|\*", r"\\times "), (r"\\div(?![a-zA-Z])", "/"), (r"\\infinity|infinity", r"\\infty "),
+    (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(?![a-zA-Z])", r"\\\1 "),
+    (r"\\(frac|sqrt|binom)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),  # \frac12
+    (r"(?<![\d.^_{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"), (r"(?<![\d.^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
+]]
+WRAP = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf|textit|textrm|operatorname|boxed)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
+
+
+def extract_answer(text):
+    r"""What the last complete \boxed{...} holds, braces balanced; None if there is none or it is empty. One pass."""
+    last, last_start, opened = None, -1, []
+    for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.S):
+        if token[0].endswith("{") and token[0] != r"\{":
+            opened.append(token.end() if len(token[0]) > 1 else -1)
+        elif token[0] == "}" and opened:
+            start = opened.pop()
+            if start > last_start:  # of nested boxes, the inner one
+                last, last_start = text[start:token.start()].strip(), start
+    return last or None
+
+
+def is_correct(response, answer):
+    """Whether the last box of response (text) holds answer (text): equal as text, as number, or as expression.
+    Never raises, never runs what it reads, bounded in time."""
+    given = extract_answer(response)
+    return given is not None and same_answer(given, str(answer))
+
+
+def same_answer(a, b):
+    """Whether two answers are equal. Cheap comparisons first."""
+    a, b = a.strip(), b.strip()
+    if a == b or max(len(a), len(b)) > 1000:
+        return a == b != ""
+    if NUMBER.fullmatch(a) and NUMBER.fullmatch(b):
+        return close(Fraction(a), Fraction(b), "." in a + b)
+    try:
+        return same_value(tidy(a), tidy(b))
+    except (ValueError, ArithmeticError, TypeError, RecursionError, IndexError, MemoryError, NotImplementedError):
+        return False  # not something with a value
+
+
+def tidy(text):
+    """LaTeX without its decoration: one spelling for each symbol, no units, no "x =", no final point."""
+    for pattern, new in UNIFY:
+        text = pattern.sub(new, text)
+    bare = WRAP.sub("", text)
+    text = bare if re.search(r"\w", bare) else WRAP.sub(r"\1", text)  # beside a value, text is a unit
+    text = re.sub(r"(?<=[\d}])\s+(?!to\b)[a-zA-Z]{2,}[a-zA-Z. ]*(\^\s*\{?\d\}?)?$", "", text.strip().rstrip(".").strip())
+    text = re.sub(r"^\\?[a-zA-Z](_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*", "", text.strip())
+    return re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", text).strip()
+
+
+def pieces(text, separator=","):
+    """text cut at the separators outside every bracket."""
+    parts, depth, start = [], 0, 0
+    for m in re.finditer(r"\\[a-zA-Z]+|\\?.", text, re.S):
+        depth += (m[0] in ("(", "[", "{", "\\{")) - (m[0] in (")", "]", "}", "\\}"))
+        if m[0] == separator and depth == 0:
+            parts.append(text[start:m.start()])
+            start = m.end()
+    return [part.strip() for part in parts + [text[start:]]]
+
+
+def same_value(a, b):
+    """Whether two tidy answers are equal: unions, lists, tuples, sets, intervals piece by piece; the rest by value."""
+    if a == b or a.casefold() == b.casefold() and len(a) > 1:
+        return a != ""
+    if re.fullmatch(r"[a-zA-Z]{3,}[a-zA-Z ]*|[a-zA-Z ]*", a) or re.fullmatch(r"[a-zA-Z]{3,}[a-zA-Z ]*", b):
+        return a.casefold().split() == b.casefold().split() and len(a) > 1  # words are no products of letters
+    groups = []
+    for text in (a, b):
+        parts, ordered = pieces(text, "\\cup"), ""
+        if len(parts) == 1 and r"\pm" in text:
+            parts = [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")]
+        if len(parts) == 1 and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*(\\?%)?", text):
+            parts = pieces(text)
+            if len(parts) == 1 and re.match(r"\\\{.*\\\}$", text):
+                parts = pieces(text[2:-2]) + [""]  # "": a set, even of one
+            elif len(parts) == 1 and text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(pieces(text[1:-1])) > 1:
+                parts, ordered = pieces(text[1:-1]), text[0] + text[-1]
+        groups.append((ordered, parts))
+    (order_a, left), (order_b, right) = groups
+    if max(len(left), len(right)) == 1:
+        return same_number(a, b)
+    left, right = ([p for p in g if p] if not o else g for o, g in groups)
+    if order_a != order_b or len(left) != len(right) or len(left) > 20:
+        return False
+    if order_a:
+        return all(map(same_value, left, right))
+    for item in left:  # unordered: cross each one off
+        match = next((other for other in right if same_value(item, other)), None)
+        if match is None:
+            return False
+        right.remove(match)
+    return True
+
+
+def same_number(a, b):
+    """Whether two expressions agree: at four points, if there are letters in them. A percentage may stand for either
+    its number or its hundredth."""
+    percent = [text.rstrip().endswith("%") for text in (a, b)]
+    a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub(r"\s*\\?%\s*$", "", text)) for text in (a, b))
+    loose = bool(re.search(r"\d?\.\d", a + " " + b))
+    scales = [1] if percent[0] == percent[1] else [1, Fraction(1, 100)]
+    x, y = ([evaluate(text, point) for point in range(4)] for text in (a, b))
+    return any(all(close(u * (s if percent[0] else 1), v * (s if percent[1] else 1), loose) for u, v in zip(x, y)) for s in scales)
+
+
+def close(a, b, loose):
+    """Equality of two numbers: to 1e-6 relative if loose (one was a decimal); else exact for fractions, to 45 digits
+    for the irrational."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b or loose and abs(a - b) <= Fraction(1, 10**6) * max(abs(a), abs(b))
+    a, b = lift(a), lift(b)
+    return bool(a == b or MP.isfinite(a) and MP.isfinite(b) and abs(a - b) <= (MP.mpf("1e-6") if loose else MP.mpf("1e-45")) * max(abs(a), abs(b)))
+
+
+def lift(x):
+    """A Fraction as an mpmath number; others as they are."""
+    return MP.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
+
+
+def power(a, b):
+    """a ** b, exact for fractions of modest size; ValueError rather than a huge number."""
+    real = all(isinstance(x, Fraction) for x in (a, b))
+    if real and b.denominator == 1 and abs(b) * (a.numerator.bit_length() + a.denominator.bit_length()) < 5000:
+        return a ** int(b)
+    if real and b == Fraction(1, 2) and a >= 0 and Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator)) ** 2 == a:
+        return Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
+    a, b = lift(a), lift(b)
+    if abs(b) > 1e6 or a and abs(b * MP.log(abs(a))) > 1e5:
+        raise ValueError("too large")
+    return MP.power(a, b)
+
+
+def evaluate(latex, point=0):
+    r"""The number that a LaTeX expression stands for, its letters taken from a fixed table (number `point` of four):
+    a Fraction while that is exact, else an mpmath number. A recursive-descent parser; raises ValueError on anything
+    it does not know and on anything too large."""
+    tokens = TOKEN.findall(latex)
+    if len(tokens) > 300 or any(len(t) > 1000 for t in tokens):
+        raise ValueError("too long")
+
+    def take(*wanted):
+        return tokens.pop(0) if tokens and (not wanted or tokens[0] in wanted) else None
+
+    def closed(end):
+        value = total()
+        if not take(end):
+            raise ValueError(f"{end} missing")
+        return value
+
+    def total():
+        value = product()
+        while sign := take("+", "-"):
+            value = value + (product() if sign == "+" else -product())
+        return value
+
+    def product():
+        if sign := take("+", "-"):
+            return product() if sign == "+" else -product()
+        value = raised()
+        while tokens and tokens[0] not in ("+", "-", ")", "]", "}", "|", ",", "="):
+            value = value * (power(raised(), Fraction(-1)) if take("/") else raised(signed=bool(take(r"\times"))))
+        return value
+
+    def raised(signed=False):
+        if signed and (sign := take("+", "-")):
+            return raised(True) if sign == "+" else -raised(True)
+        value = atom()
+        while mark := take("^", "!"):
+            if mark == "!":
+                if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= 300:
+                    raise ValueError("factorial")
+                value = Fraction(math.factorial(int(value)))
+            else:
+                value = power(value, raised(signed=True))
+        return value
+
+    def atom():
+        token = take()
+        if token is None:
+            raise ValueError("nothing there")
+        if token[0].isdecimal() or token[0] == "." and len(token) > 1:
+            return Fraction(token)
+        if token in ("(", "[", "{", "|"):
+            value = closed({"(": ")", "[": "]", "{": "}", "|": "|"}[token])
+            return abs(value) if token == "|" else value
+        if token == r"\frac":
+            return atom() * power(atom(), Fraction(-1))
+        if token == r"\sqrt":
+            root, value = closed("]") if take("[") else Fraction(2), atom()
+            if isinstance(value, Fraction) and value < 0 and root % 2 == 1:
+                return -power(-value, 1 / root)  # the real root
+            return power(value, 1 / root)
+        if token == r"\binom":
+            n, k = atom(), atom()
+            if not (0 <= k <= n <= 1000 and n.denominator == k.denominator == 1):
+                raise ValueError("binomial")
+            return Fraction(math.comb(int(n), int(k)))
+        if token[1:] in FUNCTIONS and token[0] == "\\":
+            base = take("_") and atom()
+            raise_to = take("^") and atom()
+            value = atom() if tokens and tokens[0] in "({[" else product()
+            if abs(value) > 1e6 and token not in (r"\ln", r"\log") or not value and token in (r"\ln", r"\log"):
+                raise ValueError("out of range")
+            value = FUNCTIONS[token[1:]](lift(value)) / (MP.log(lift(base)) if base else 1)
+            return power(value, raise_to) if raise_to else value
+        if token in (r"\pi", r"\infty", "e", "i"):
+            return {"\\pi": MP.pi, "\\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}[token] * MP.one
+        if re.fullmatch(r"[a-zA-Z]|\\(alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)", token):
+            name = token + (take("_") and str(take("{") and closed("}") or atom()) or "")
+            seed = sum((i + 1) * ord(ch) for i, ch in enumerate(name)) + 101 * point
+            return Fraction((-1) ** point * (seed * 37 % 89 + 3), seed * 53 % 61 + 7)
+        raise ValueError(f"unknown {token}")
+
+    value = total()
+    if tokens:
+        raise ValueError(f"{tokens[0]} left over")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+HUB = {"qwen": "Qwen", "llama": "meta-llama", "smollm": "HuggingFaceTB", "gemma": "google", "mistral": "mistralai",
+       "ministral": "mistralai", "deepseek": "deepseek-ai", "phi": "microsoft", "olmo": "allenai", "granite": "ibm-granite"}
+
+
+def load_model(config):
+    """The policy, float32 weights on its device, and its tokenizer: a folder, a hub name (a bare one finds its
+    organisation), or "embedded". Safetensors only, no remote code."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model == "embedded":
+        model, tokenizer = embedded_model(config.seed, steps=0 if config.resume else 300)  # resumed: weights follow
+        return model.to(device), tokenizer
+    source, local = config.model, Path(config.model).is_dir()
+    if not local:
+        family = re.match(r"[a-z]*", source.lower())[0]
+        source = source if "/" in source else f"{HUB.get(family, source)}/{source}"
+        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+            raise UserError(f"no model folder {config.model}")
+        local = hub_unreachable(source)  # then only what was downloaded before can serve
+    try:
+        options = dict(local_files_only=local, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load --model {config.model} (looked for {source}): {reason}") from None
+    model = model.eval().to(device)  # no dropout: pi at the update must be the pi that sampled
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise UserError(f"--model {config.model} holds weights that are not finite numbers")
+    ids = torch.arange(4, device=device)[None]
+    with torch.no_grad():
+        if not torch.allclose(model(ids).logits, output_logits(model, model.base_model(ids).last_hidden_state), atol=1e-3):
+            raise UserError(f"--model {config.model}: this architecture does more to its logits than one linear head")
+    return model, tokenizer
+
+
+def hub_unreachable(source):
+    """False if the hub has this model; True if only the local cache has it; UserError, within seconds, if neither."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    try:
+        model_info(source, timeout=5)
+        return False
+    except Exception as error:  # offline, refused, gated, misspelt: the hub's client has many ways to say so
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return True
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"no folder {source} here, and the hub did not give it ({reason})") from None
+
+
+def embedded_model(seed, steps=300, batch=64, slips=0.2):
+    """A character-level Qwen2 of 74k parameters (\\boxed{ is one token) that stands in for a pretrained model: supervised for seconds on worked
+    digit sums in which every fifth step slips, so that it knows how, yet is often wrong. In half of the documents a
+    partial attempt stands ahead of the problem, as in [s, q]."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    vocab = {c: i for i, c in enumerate([*"0123456789=", "\\boxed{", "}", "<eos>", "<unk>"])}
+    chars = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    chars.pre_tokenizer, chars.decoder = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'].split('\\n')[0] }}="  # the question alone, then "="
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 0])
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=vocab["<eos>"], pad_token_id=vocab["<eos>"], initializer_range=0.1,  # 0.02 starts ten times later
+        problems="sums"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    equals, box, end = [vocab["="]], [vocab["\\boxed{"]], [vocab["}"], vocab["<eos>"]]
+    for step in tqdm(range(steps), "warm-up of the embedded model (supervised)", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
+        digits = rng.integers(10, size=(batch, 6))
+        slip = rng.integers(1, 10, (batch, 6)) * (rng.random((batch, 6)) < slips)
+        work = (digits + slip).cumsum(1) % 10  # [batch, 6]: running sums, a slip carried on
+        ahead = np.where(rng.random((batch, 6)) < slips, rng.integers(10, size=(batch, 6)), work)
+        ahead = [a[:n] for a, n in zip(ahead.tolist(), rng.integers(1, 7, batch) * (rng.random(batch) < 0.5))]
+        texts = [a + d + equals + w + box + w[-1:] + end for a, d, w in zip(ahead, digits.tolist(), work.tolist())]
+        ids, mask = pad(texts)  # [batch, T]
+        answer = torch.arange(ids.shape[1]) >= torch.tensor([[len(a) + 7] for a in ahead])  # all that follows "="
+        model(ids, attention_mask=mask, labels=ids.where(answer & mask.bool(), -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+def eos_ids(model, tokenizer):
+    """Every id that ends a response: the tokenizer's and all of the generation_config's."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def prepended_bos(tokenizer):
+    """The BOS id if the tokenizer opens texts with it, else None: where it merely opens a chat turn (SmolLM2's
+    <|im_start|>) it is part of the prompt and stays in its place."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
+
+
+def output_logits(model, hidden):
+    """[..., D] -> [..., V]"""
+    return model.get_output_embeddings()(hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts and log-probs. Both compute a prompt's keys and values once and share them among its rows.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Sample:
+    tokens: list  # ids, EOS included
+    logprobs: list  # nats, of each token under the policy that sampled it
+    finished: bool  # the last token is an EOS
+
+
+CHUNK = 32  # tokens sampled between two looks at which rows may leave
+
+
+class Recorder(LogitsProcessor):
+    """Tempers the logits and keeps log pi of each token drawn: a draw is seen as the last input id of the next call."""
+    def __init__(self, temperature):
+        self.temperature, self.logits, self.kept = temperature or 1.0, None, []
+
+    def __call__(self, input_ids, logits):
+        self.keep(input_ids)
+        self.logits = logits if self.temperature == 1 else logits / self.temperature
+        return self.logits  # [N, V]
+
+    def keep(self, input_ids):
+        if self.logits is not None:
+            self.kept.append(self.logits.gather(1, input_ids[:, -1:]).squeeze(1) - self.logits.logsumexp(1))  # [N]
+
+
+def pad(sequences, left=False, value=0):
+    """Lists of ids -> (ids [N, T], mask [N, T]), padded at the right or the left. The mask is of lengths, never of
+    values: a pad id may be an EOS id."""
+    width = max(map(len, sequences))
+    fill = [width - len(s) for s in sequences]
+    ids = [[value] * f + list(s) if left else list(s) + [value] * f for s, f in zip(sequences, fill)]
+    mask = [[0] * f + [1] * len(s) if left else [1] * len(s) + [0] * f for s, f in zip(sequences, fill)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
+    """n samples for each prompt (token-id lists of any lengths), straight from softmax(logits / temperature);
+    temperature 0 is greedy. max_new_tokens: an int, or one per prompt. Returns [P][n] Samples.
+    Of the model's generation_config only the EOS ids count: its top_k, penalties, ... would leave pi."""
+    eos = eos_ids(model, tokenizer)
+    budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    samples = [Sample([], [], False) for _ in range(len(prompts) * n)]
+    ids, mask = (x.to(model.device) for x in pad(prompts, left=True))  # [P, T]
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        model.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask.cumsum(1) - 1).clamp(0)[:, :-1],
+                         past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(n)  # P -> P * n rows
+    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # [P * n, T]
+    rows = [i for i in range(len(samples)) if budgets[i // n] > 0]
+    keep = torch.tensor(rows, device=ids.device, dtype=torch.long)
+    own = model.generation_config
+    try:
+        while rows:
+            if len(rows) < len(ids):  # some have left
+                ids, mask = ids[keep], mask[keep]
+                cache.batch_select_indices(keep)
+            chunk = min(CHUNK, max(budgets[r // n] - len(samples[r].tokens) for r in rows))
+            model.generation_config = GenerationConfig(
+                max_new_tokens=chunk, do_sample=temperature > 0, temperature=1.0, top_k=0, top_p=1.0,
+                eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
+            recorder = Recorder(temperature)
+            ids = model.generate(ids, attention_mask=mask, past_key_values=cache, logits_processor=[recorder])
+            recorder.keep(ids)
+            drawn = len(recorder.kept)
+            mask = torch.cat([mask, mask.new_ones(len(mask), drawn)], 1)
+            alive = []
+            for j, (r, tokens, logprobs) in enumerate(zip(rows, ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist())):
+                s, left = samples[r], budgets[r // n] - len(samples[r].tokens)
+                end = next((t + 1 for t, token in enumerate(tokens[:left]) if token in eos), min(left, drawn))
+                s.tokens, s.logprobs, s.finished = s.tokens + tokens[:end], s.logprobs + logprobs[:end], tokens[end - 1] in eos
+                if not s.finished and end < left:
+                    alive.append(j)
+            rows, keep = [rows[j] for j in alive], torch.tensor(alive, device=ids.device, dtype=torch.long)
+    finally:
+        model.generation_config = own
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def response_logprobs(model, prompts, responses, temperature=1.0):
+    """log pi(o_t | prompt, o_<t) of each response token, with gradients. prompts and responses: N lists of ids each.
+    Returns (logprobs [N, T] in nats, 0 where padded, and mask [N, T]). Equal prompts are run once: the cache carries
+    gradients, so the rows share one forward of all but the prompt's last token, which opens every row instead."""
+    device = model.device
+    shared = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    owner = torch.tensor([shared[tuple(p)] for p in prompts], device=device)  # [N]
+    cache = DynamicCache(config=model.config)
+    prefix, prefix_mask = (x.to(device) for x in pad([p[:-1] for p in shared], left=True))  # [P, S]
+    if prefix.shape[1]:
+        model.base_model(prefix, attention_mask=prefix_mask, position_ids=(prefix_mask.cumsum(1) - 1).clamp(0),
+                         past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(owner)  # P -> N rows
+    before = prefix_mask[owner]  # [N, S]
+    ids, mask = (x.to(device) for x in pad([[p[-1], *o[:-1]] for p, o in zip(prompts, responses)]))  # [N, T]
+    positions = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device)
+    hidden = model.base_model(ids, attention_mask=torch.cat([before, mask], 1), position_ids=positions,
+                              past_key_values=cache, use_cache=True).last_hidden_state  # [N, T, D]
+    mask = mask.bool()
+    packed = chunked_logprobs(lambda h: output_logits(model, h), hidden[mask], pad(responses)[0].to(device)[mask], temperature)
+    return packed.new_zeros(mask.shape).masked_scatter(mask, packed), mask
+
+
+def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
+    """log softmax(head(hidden) / temperature) at the targets: hidden [M, D], targets [M] -> [M], float32 nats. A chunk's
+    logits [chunk, V] live only while they are used: the backward pass computes them again."""
+    def piece(h, t):
+        logits = head(h).float() / temperature  # [m, V]
+        return logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(1)  # [m]
+    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Upstream, phase I (Section 3.2): split, cut, select; and the skip connection
+# ---------------------------------------------------------------------------------------------------------------------
+
+def split_position(length, rng, low=1 / 6, high=1 / 2):
+    """t_q ~ Uniform[low * L_q, high * L_q], in tokens, at least 1 (eq. 2). rng: NumPy's or random's."""
+    return max(1, round(rng.uniform(low * length, high * length)))
+
+
+def cut_segment(sample):
+    """A segment that ended before its pause is cut to half of its length, EOS not counted, at least 1 token."""
+    half = max(1, (len(sample.tokens) - 1) // 2)
+    return Sample(sample.tokens[:half], sample.logprobs[:half], False) if sample.finished else sample
+
+
+def select_segment(segments):
+    """The index of the Sample whose mean surprise d = mean_t -log pi(s_t | q, s_<t) is nearest to the median of all;
+    the first on a tie. G segments in, one out: the others cost no second batch."""
+    d = np.array([-np.mean(s.logprobs) for s in segments])  # [G], nats per token
+    gap = np.abs(d - np.median(d))
+    return int(np.flatnonzero(gap <= gap.min() + 1e-9)[0])  # with G even, two are equally near but for rounding
+
+
+def skip_prompt(segment, prompt, bos_token_id=None):
+    """[s, q]: the segment's ids, then the whole prompt's; a BOS that opens q is moved to the very front."""
+    segment, prompt = list(segment), list(prompt)
+    if bos_token_id is not None and prompt[:1] == [bos_token_id]:
+        return prompt[:1] + segment + prompt[1:]
+    return segment + prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Value estimation and running trackers (Section 3.3; SPO eq. 5-7, 11)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def monte_carlo_value(rewards):
+    """R_I(s, a) = mean_i R_II(o_i, a) (eq. 3): [B, G] of +-1 -> [B] in [-1, 1]."""
+    return rewards.mean(1)
+
+
+class Tracker:
+    """A running mean per prompt that forgets faster the further the policy has moved (SPO eq. 5-7). One for V(q), one
+    for L_q. value [size]; count [size], the effective number of observations, 0 for a prompt not seen yet."""
+    def __init__(self, size, initial, rho_min=0.875, rho_max=0.96, tau=8.0):
+        self.value, self.count = np.full(size, float(initial)), np.zeros(size)
+        self.rho_min, self.rho_max, self.tau = rho_min, rho_max, tau
+
+    def update(self, indices, observations, divergences):
+        """indices [B] distinct, observations [B], divergences [B] in nats per token, of the policy since the last visit."""
+        i, D = np.asarray(indices), np.asarray(divergences, float)
+        rho = np.clip(2.0 ** (-D / self.tau), self.rho_min, self.rho_max)
+        seen = rho * self.count[i] + 1
+        self.value[i] += (np.asarray(observations, float) - self.value[i]) / seen  # the first replaces the initial
+        self.count[i] = seen
+
+
+def choose_prompts(values, n, rng, eps=0.05):
+    """n distinct indices, drawn with weight sqrt(v (1 - v)) + eps (SPO eq. 11): values [size] in [0, 1] -> [n]."""
+    weight = np.sqrt(np.clip(values * (1 - values), 0, None)) + eps
+    return rng.choice(len(values), n, replace=False, p=weight / weight.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages and losses (Sections 3.3, 3.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def standardise(x):
+    """(x - mean) / population std along the last dimension; all 0, not NaN, where its values are all equal."""
+    equal = (x == x[..., :1]).all(-1, keepdim=True)
+    return ((x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True).masked_fill(equal, 1)).masked_fill(equal, 0)
+
+
+def group_advantages(rewards):
+    """Downstream: A_i = (R_i - mean R) / std R within each prompt's group. [B, G] -> [B, G]."""
+    return standardise(rewards)
+
+
+def upstream_advantages(values, baselines):
+    """SPO: A = R_I - V(q), normalised over the batch. values [B] and baselines [B], both in [-1, 1] -> [B]."""
+    return standardise(values - baselines)
+
+
+def downstream_loss(logprobs, old_logprobs, advantages, mask, row_weight, clip_low=0.2, clip_high=0.28):
+    """-sum w sg(clip(r, 1 - low, 1 + high)) A log pi(o_t | ...) (eq. 5), r = pi / pi_old. The clipped ratio is a
+    constant: every token keeps a gradient. logprobs, old_logprobs, mask [N, T]; advantages, row_weight [N] -> scalar.
+    row_weight is 1 / (tokens of the prompt's group * prompts of the mini-batch), so any cut into passes sums alike."""
+    ratio = (logprobs.detach() - old_logprobs).exp().clamp(1 - clip_low, 1 + clip_high)  # [N, T]
+    return -(ratio * advantages[:, None] * logprobs * mask * row_weight[:, None]).sum()
+
+
+def upstream_loss(logprobs, old_logprobs, advantages, mask, row_weight, clip_low=0.2, clip_high=0.2):
+    """-sum w min(r A, clip(r, 1 - low, 1 + high) A) (eq. 6), PPO's: a token clipped in its advantage's direction loses
+    its gradient. Shapes as in downstream_loss; row_weight is 1 / (tokens of the segment * prompts of the mini-batch)."""
+    ratio = (logprobs - old_logprobs).exp()  # [N, T]
+    A = advantages[:, None]
+    return -(torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A) * mask * row_weight[:, None]).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """One sequence's part in a mini-batch's loss."""
+    prompt: list  # q for a segment, [s, q] for a response
+    sample: Sample
+    advantage: float
+    weight: float
+    upstream: bool
+
+
+def micro_batches(prompts, responses, micro_tokens):
+    """Cuts N rows (lists of ids) into forward passes of at most micro_tokens tokens, padding and shared prompts counted
+    (a single row may exceed that). Rows of like length together, within a factor of sqrt 2, and among those the rows of
+    one prompt. Yields lists of row indices."""
+    keys = [tuple(p) for p in prompts]
+    batch, width, shared = [], 0, {}
+    for i in sorted(range(len(keys)), key=lambda i: (round(2 * math.log2(len(responses[i]))), keys[i])):
+        then_width, then_shared = max(width, len(responses[i])), shared | {keys[i]: len(keys[i])}
+        if batch and (len(batch) + 1) * then_width + len(then_shared) * max(then_shared.values()) > micro_tokens:
+            yield batch
+            batch, then_width, then_shared = [], len(responses[i]), {keys[i]: len(keys[i])}
+        batch, width, shared = batch + [i], then_width, then_shared
+    if batch:
+        yield batch
+
+
+def update(model, optimizer, rows, config):
+    """One optimiser step on the rows of a mini-batch (step 9). Rows without an advantage add nothing to the gradient:
+    they count in the weights of the others, and are not run. Returns sums for the log."""
+    log = Counter()
+    rows = [r for r in rows if r.advantage]
+    for indices in micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], config.micro_tokens):
+        batch = [rows[i] for i in indices]
+        with autocast(config, model.device):
+            logprobs, mask = response_logprobs(model, [r.prompt for r in batch], [r.sample.tokens for r in batch], config.temperature)
+        old = torch.zeros_like(logprobs).masked_scatter(mask, logprobs.new_tensor([p for r in batch for p in r.sample.logprobs]))
+        A, weight = logprobs.new_tensor([r.advantage for r in batch]), logprobs.new_tensor([r.weight for r in batch])
+        up = torch.tensor([r.upstream for r in batch], device=mask.device)  # [N]
+        w_down = config.w_down if config.algo == "skpo" else 1.0
+        loss = config.w_up * upstream_loss(logprobs, old, A, mask & up[:, None], weight, config.clip_low, config.clip_low) \
+            + w_down * downstream_loss(logprobs, old, A, mask & ~up[:, None], weight, config.clip_low, config.clip_high)
+        loss.backward()
+        with torch.no_grad():
+            ratio = (logprobs - old).exp()
+            high = 1 + torch.where(up, config.clip_low, config.clip_high)[:, None]
+            clipped = (ratio < 1 - config.clip_low) | (ratio > high)
+            log += Counter(tokens=mask.sum().item(), ratio=(ratio * mask).sum().item(), clipped=(clipped & mask).sum().item())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    log.update(grad_norm=norm if math.isfinite(norm) else 0, skipped=not math.isfinite(norm), updates=1)
+    return log
+
+
+def autocast(config, device):
+    """bfloat16 compute over float32 master weights, which a step of 1e-6 still reaches; float32 where asked."""
+    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One training step: the algorithm, in the order of the paper
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class State:
+    """What a run carries from step to step, beside weights and optimiser."""
+    values: Tracker  # V(q), in [0, 1]
+    lengths: Tracker  # L_q, in tokens
+    kept: dict  # prompt index -> the Sample selected at its last visit
+    step: int = 0
+
+
+def training_step(model, tokenizer, optimizer, problems, prompts, state, config):
+    """Steps 1 to 11 on B prompts. Returns the row for metrics.jsonl and a few rollouts to read."""
+    c, B, G = config, config.prompts_per_step, config.group_size
+    rng = seed_everything(c.seed, state.step)
+    start = time.perf_counter()
+    with autocast(c, model.device):
+        # 1. Choose B distinct prompts, those of middling value most often. V is read here, before this step's update.
+        chosen = choose_prompts(state.values.value, B, rng, c.explore_eps)
+        q, V = [prompts[i] for i in chosen], torch.tensor(2 * state.values.value[chosen] - 1)  # V: [B] in [-1, 1]
+        x, segments, drift, tokens = q, [], np.zeros(B), 0
+        if c.algo == "skpo":
+            # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
+            t = [min(split_position(L, rng, c.split_low, c.split_high), c.max_new_tokens) for L in state.lengths.value[chosen]]
+            drawn = generate(model, tokenizer, q, G, t, c.temperature)  # [B][G]
+            tokens += sum(len(s.tokens) for group in drawn for s in group)
+            # 3. Select the segment of median surprise.
+            segments = [group[select_segment(group)] for group in [[cut_segment(s) for s in group] for group in drawn]]
+            # 4. Skip connection: the segment first, then the whole prompt.
+            x = [skip_prompt(s.tokens, p, prepended_bos(tokenizer)) for s, p in zip(segments, q)]
+            drift = policy_drift(model, q, [state.kept.get(i) for i in chosen], c)  # for step 11, by the pi that samples now
+        # 5. Downstream: G complete responses from [s, q].
+        responses = generate(model, tokenizer, x, G, c.max_new_tokens, c.temperature)  # [B][G]
+        tokens += sum(len(o.tokens) for group in responses for o in group)
+    rollout_seconds = time.perf_counter() - start
+    # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
+    texts = [[tokenizer.decode(o.tokens, skip_special_tokens=True) for o in group] for group in responses]
+    rewards = torch.tensor([[1.0 if is_correct(text, problems[i].answer) else -1.0 for text in group]
+                            for i, group in zip(chosen, texts)])  # [B, G]
+    values = monte_carlo_value(rewards)  # [B]
+    # 7. and 8. Advantages, downstream within the group, upstream against the running value.
+    down = group_advantages(rewards).tolist()  # [B][G]
+    up = upstream_advantages(values, V.float()).tolist()  # [B]
+    # 9. and 10. The losses, and one optimiser step per mini-batch of prompts.
+    update_start, log = time.perf_counter(), Counter()
+    lr = set_lr(optimizer, c.lr * min(1.0, state.step / max(1, c.warmup_steps)))
+    for part in np.split(np.arange(B), c.minibatches):
+        rows = []
+        for b in part:
+            weight = 1 / (sum(len(o.tokens) for o in responses[b]) * len(part))
+            rows += [Row(x[b], o, A, weight, False) for o, A in zip(responses[b], down[b])]
+        rows += [Row(q[b], segments[b], up[b], 1 / (len(segments[b].tokens) * len(part)), True) for b in part if segments]
+        log += update(model, optimizer, rows, c)
+    # 11. Trackers: the observed value and length; the segment is kept to measure how far pi moves until next time.
+    lengths = [np.mean([len(o.tokens) for o in group]) for group in responses]
+    state.values.update(chosen, (values.numpy() + 1) / 2, drift)
+    state.lengths.update(chosen, lengths, drift)
+    state.kept.update(zip(chosen.tolist(), segments))
+
+    seconds, mean = time.perf_counter() - start, lambda xs: float(np.mean(xs))
+    metrics = dict(
+        step=state.step, reward=rewards.mean().item(), mc_value=values.mean().item(), accuracy=(rewards > 0).float().mean().item(),
+        zero_advantage=(rewards == rewards[:, :1]).all(1).float().mean().item(),
+        segment_tokens=mean([len(s.tokens) for s in segments] or [0]), response_tokens=mean(lengths),
+        truncated=mean([not o.finished for group in responses for o in group]),
+        clip_fraction=log["clipped"] / max(1, log["tokens"]), ratio=log["ratio"] / log["tokens"] if log["tokens"] else 1.0,
+        grad_norm=log["grad_norm"] / log["updates"], skipped=log["skipped"], lr=lr, tokens=tokens, seconds=seconds,
+        rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - update_start,
+        tokens_per_second=tokens / seconds, peak_memory_gb=peak_memory_gb(model.device))
+    reading = [dict(step=state.step, question=problems[i].question, answer=problems[i].answer, prompt=tokenizer.decode(x[b]),
+                    segment=tokenizer.decode(segments[b].tokens) if segments else "", value=values[b].item(),
+                    responses=[dict(text=text, reward=r) for text, r in zip(texts[b], rewards[b].tolist())])
+               for b, i in enumerate(chosen[:2])]
+    return metrics, reading
+
+
+def policy_drift(model, prompts, kept, config):
+    """D: how far the policy moved since it last acted on each prompt, the mean over the tokens of the segment kept then
+    of |log pi_then - log pi_now|; 0 without one. prompts [B] id lists, kept [B] of Sample or None -> [B], nats."""
+    drift, again = np.zeros(len(prompts)), [b for b, s in enumerate(kept) if s is not None]
+    prompts, kept = [prompts[b] for b in again], [kept[b] for b in again]
+    with torch.no_grad():
+        for batch in micro_batches(prompts, [s.tokens for s in kept], config.micro_tokens):
+            now, _ = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch], config.temperature)
+            for i, logprobs in zip(batch, now.tolist()):
+                drift[again[i]] = np.mean(np.abs(np.subtract(kept[i].logprobs, logprobs[:len(kept[i].tokens)])))
+    return drift
+
+
+def seed_everything(seed, step):
+    """Each step's random numbers depend on the seed and the step alone: a resumed run needs no others. NumPy's come
+    back, torch's are set."""
+    rng = np.random.default_rng([seed, step])
+    torch.manual_seed(int(rng.integers(2**62)))
+    return rng
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def peak_memory_gb(device):
+    """The most memory so far: the GPU's as allocated, else the process's; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    except ImportError:  # Windows
+        return 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluate(model, tokenizer, problems, config):
+    """avg@k: the share of right answers among k samples for each problem, from q alone, without any segment."""
+    seed_everything(config.seed, 10**9)  # the same draws at every evaluation
+    prompts = [prompt_ids(tokenizer, p.question, config.template) for p in problems]
+    right, k = [], config.eval_samples if config.temperature else 1
+    at_once = max(1, config.prompts_per_step * config.group_size // k)  # as many rows as training has
+    for i in range(0, len(problems), at_once):
+        with autocast(config, model.device):
+            groups = generate(model, tokenizer, prompts[i:i + at_once], k, config.max_new_tokens, config.temperature)
+        for problem, group in zip(problems[i:], groups):
+            right.append([is_correct(tokenizer.decode(s.tokens, skip_special_tokens=True), problem.answer) for s in group])
+    return dict(accuracy=float(np.mean(right)), samples=k, problems=len(problems))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: files, checkpoints, the loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+STOP = []  # signals received: the step in progress is finished, a checkpoint written, the run ended
+
+
+def open_run(config):
+    """The run's folder, made and proved writable before anything is computed. A folder with a run in it is left alone
+    unless that run is resumed."""
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.algo}-{Path(config.model).name}"
+    out = Path(config.out or next(p for i in range(1000) if not (p := Path("runs") / (name + f"-{i}" * (i > 0))).exists()))
+    if config.resume and not (config.out and (out / "checkpoint.pt").is_file()):
+        raise UserError(f"--resume: no checkpoint in {out}" if config.out else "--resume needs --out, the folder of the run")
+    if not config.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl", "checkpoint.pt", "model")):
+        raise UserError(f"{out} already holds a run: choose another --out, or continue that one with --resume")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    return out
+
+
+def append(path, row):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def save_checkpoint(out, model, optimizer, state):
+    """Everything a run needs to go on, in one file that replaces the old one by rename: a kill at any moment leaves one
+    or the other whole. The lengths of the logs come along: what was written after them is cut off on resume."""
+    trackers = {name: [torch.tensor(t.value), torch.tensor(t.count)] for name, t in
+                (("values", state.values), ("lengths", state.lengths))}
+    data = dict(step=state.step, model=model.state_dict(), optimizer=optimizer.state_dict(), **trackers,
+                kept={i: (s.tokens, s.logprobs, s.finished) for i, s in state.kept.items()},
+                sizes={f: (out / f).stat().st_size if (out / f).exists() else 0 for f in ("metrics.jsonl", "samples.jsonl")})
+    fresh = out / "checkpoint.tmp"
+    try:
+        with open(fresh, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, out / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        fresh.unlink(missing_ok=True)
+        raise UserError(f"cannot save a checkpoint in {out} ({str(error).splitlines()[0]}); the one before is untouched") from None
+
+
+def load_checkpoint(out, model, optimizer, state):
+    """Puts model, optimizer, state and the logs back where save_checkpoint saw them."""
+    try:
+        data = torch.load(out / "checkpoint.pt", map_location=model.device, weights_only=True)
+        model.load_state_dict(data["model"])
+        optimizer.load_state_dict(data["optimizer"])
+    except Exception as error:
+        raise UserError(f"cannot resume from {out / 'checkpoint.pt'}: {str(error).strip().splitlines()[0]}") from None
+    for tracker, (value, count) in ((state.values, data["values"]), (state.lengths, data["lengths"])):
+        if len(value) != len(tracker.value):
+            raise UserError(f"cannot resume {out}: it has {len(value)} problems, --data now gives {len(tracker.value)}")
+        tracker.value, tracker.count = value.cpu().numpy(), count.cpu().numpy()
+    state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
+    for name, size in data["sizes"].items():
+        if (out / name).exists():
+            os.truncate(out / name, size)
+
+
+def load_data(config, model, tokenizer):
+    """(training problems, their prompts' ids, {name: evaluation problems}). Too-long prompts are dropped, aloud."""
+    c = config
+    problems = load_problems(c.data or getattr(model.config, "problems", "arithmetic"))
+    tests = {Path(f).stem: load_problems(f) for f in c.eval_data.split(",") if f}
+    if not tests and not c.steps:
+        tests = {"data": problems}
+    elif not tests and c.eval_every:
+        held = min(256, len(problems) // 8, max(0, len(problems) - c.prompts_per_step))
+        order = np.random.default_rng(0).permutation(len(problems))  # the same split for every seed
+        tests = {"held-out": [problems[i] for i in order[:held]]} if held else {}
+        problems = [problems[i] for i in sorted(order[held:])]
+
+    def short(problems, name):
+        fits = [p for p in problems if 0 < len(prompt_ids(tokenizer, p.question, c.template)) <= c.max_prompt_tokens]
+        if len(fits) < len(problems):
+            print(f"{name}: dropped {len(problems) - len(fits)} of {len(problems)} problems, "
+                  f"their prompts longer than {c.max_prompt_tokens} tokens")
+        return fits
+    problems, tests = short(problems, "training"), {name: short(p, name) for name, p in tests.items()}
+    if c.steps and len(problems) < c.prompts_per_step:
+        raise UserError(f"{len(problems)} problems are too few for --prompts_per_step {c.prompts_per_step}: "
+                        "lower it, or bring more problems")
+    if not all(tests.values()):
+        raise UserError("an evaluation set has no problems left: raise --max_prompt_tokens")
+    return problems, [prompt_ids(tokenizer, p.question, c.template) for p in problems], tests
+
+
+def train(config):
+    """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that."""
+    c = config
+    check_config(c)
+    for f in filter(None, [c.data, *c.eval_data.split(",")]):
+        load_problems(f)  # a broken file is found before a model is loaded
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    out = open_run(c)
+    model, tokenizer = load_model(c)
+    problems, prompts, tests = load_data(c, model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay)
+    state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
+    if c.resume:
+        load_checkpoint(out, model, optimizer, state)
+    print(f"model     {c.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, on {model.device}\n"
+          f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}\n"
+          f"plan      {c.algo}, steps {state.step + 1} to {c.steps}, {c.prompts_per_step} prompts x {c.group_size} responses "
+          f"of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
+
+    def test():
+        for name, problems in tests.items():
+            result = evaluate(model, tokenizer, problems, c)
+            append(out / "metrics.jsonl", dict(step=state.step, data=name, **result))
+            tqdm.write(f"step {state.step:4d}  accuracy on {name}: {result['accuracy']:.3f} (avg@{result['samples']})")
+
+    if state.step == 0 and (c.eval_every or not c.steps):
+        test()
+    bad, reading = 0, []
+    with tqdm(total=c.steps, initial=state.step, desc=c.algo, disable=None, leave=False) as bar:
+        while state.step < c.steps:
+            state.step += 1
+            row, reading = training_step(model, tokenizer, optimizer, problems, prompts, state, c)
+            append(out / "metrics.jsonl", row)
+            for r in reading:
+                append(out / "samples.jsonl", r)
+            bad = bad + 1 if row["skipped"] else 0
+            if bad == 3:
+                raise UserError(f"loss or gradient was not finite in {bad} steps in a row: lower --lr; stopped at step {state.step}")
+            if state.step % max(1, c.steps // 20) == 0 or state.step == 1:
+                tqdm.write(f"step {state.step:4d}  reward {row['reward']:+.3f}  value {row['mc_value']:+.3f}  accuracy "
+                           f"{row['accuracy']:.3f}  segment {row['segment_tokens']:.1f}  response {row['response_tokens']:.1f}  "
+                           f"zero-advantage {row['zero_advantage']:.2f}  {row['tokens_per_second']:.0f} tokens/s")
+            if c.eval_every and (state.step % c.eval_every == 0 or state.step == c.steps):
+                test()
+            if c.save_every and (state.step % c.save_every == 0 or state.step == c.steps) or STOP:
+                save_checkpoint(out, model, optimizer, state)
+            bar.update()
+            if STOP and state.step < c.steps:
+                tqdm.write(f"stopped after step {state.step}; go on with: python skpo.py --resume --out {out}")
+                sys.exit(130)
+    if c.steps:
+        model.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        summarise(out, reading)
+    return out
+
+
+def summarise(out, reading):
+    """The end of a run on screen: accuracy before and after, one rollout, the files, the reward as a line."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
+    for name in dict.fromkeys(r["data"] for r in rows if "data" in r):
+        scores = [r for r in rows if r.get("data") == name]
+        print(f"\naccuracy on {name}: {scores[0]['accuracy']:.3f} before, {scores[-1]['accuracy']:.3f} after "
+              f"(avg@{scores[0]['samples']}, {scores[0]['problems']} problems)")
+    if reading:
+        cut = lambda text: repr(text if len(text) < 160 else f"{text[:100]} ... {text[-50:]}")[1:-1]
+        print(f"\nproblem   {cut(reading[0]['question'])}   answer {reading[0]['answer']}")
+        if reading[0]["segment"]:
+            print(f"segment   {cut(reading[0]['segment'])}   value {reading[0]['value']:+.2f}")
+        for response in reading[0]["responses"][:4]:
+            print(f"response  {cut(response['text'])}   reward {response['reward']:+.0f}")
+    rewards = np.array([r["reward"] for r in rows if "reward" in r])
+    curve = [float(part.mean()) for part in np.array_split(rewards, min(60, len(rewards)))]
+    low, high = min(curve), max(curve)
+    print(f"\nreward    {''.join('▁▂▃▄▅▆▇█'[int(7.99 * (v - low) / (high - low or 1))] for v in curve)}  {curve[0]:+.2f} to {curve[-1]:+.2f}")
+    print(f"files     {out}: config.json, metrics.jsonl, samples.jsonl, model/ (python skpo.py --model {out / 'model'} ...)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_config(argv):
+    """The command line as a Config. The embedded model and a run that is resumed bring defaults of their own."""
+    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    def complain(message):
+        raise UserError(message)
+    parser = HfArgumentParser(Config, description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser.error = complain
+    first, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{f.name}" for f in fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1, 0.5)
+        raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+    if first.resume and first.out and (Path(first.out) / "config.json").is_file():
+        parser.set_defaults(**json.loads((Path(first.out) / "config.json").read_text()) | dict(resume=True))
+    elif first.model == "embedded":
+        parser.set_defaults(**EMBEDDED)
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+
+
+def interrupt(number, frame):
+    if STOP:
+        raise KeyboardInterrupt
+    STOP.append(number)
+    print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
+
+
+def main(argv=None):
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        train(config)
+    except UserError as error:
+        sys.exit(f"skpo.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"skpo.py: out of memory: lower --micro_tokens, then --prompts_per_step ({str(error).splitlines()[0]})")
+    except OSError as error:
+        sys.exit(f"skpo.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
