@@ -47,9 +47,7 @@ class UserError(Exception):
     """A mistake that its maker can mend: shown as one line, without a traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: the paper's Appendix C, a knob a line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Config: the paper's Appendix C, a knob a line ------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -83,7 +81,8 @@ class Config:
     explore_eps: float = HfArg(default=0.05, help="added to every prompt's sampling weight")
     template: Literal["auto", "none"] = HfArg(default="auto", help="auto: chat template if there is one, ask for a box; "
                                               "none: the question exactly as it is")
-    micro_tokens: int = HfArg(default=16384, help="tokens in one forward pass of training, padding counted")
+    micro_tokens: int = HfArg(default=0, help="tokens in one forward pass of training, padding counted; 0: 16384 on a GPU, "
+                             "1024 on a CPU")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute; auto: bfloat16 on a GPU; "
                                                           "weights are float32 always")
     device: str = HfArg(default="", help="cpu, cuda, cuda:1, mps; '': cuda if there is one")
@@ -99,12 +98,12 @@ EMBEDDED = dict(steps=80, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_
 
 def check_config(c):
     """Every mistake that can be seen before a model is loaded. Raises UserError."""
-    for name in ("prompts_per_step", "minibatches", "max_prompt_tokens", "max_new_tokens", "micro_tokens",
+    for name in ("prompts_per_step", "minibatches", "max_prompt_tokens", "max_new_tokens",
                  "eval_samples", "init_length", "lr", "tau", "max_grad_norm"):
         if not 0 < getattr(c, name) < math.inf:
             raise UserError(f"--{name} must be above 0, not {getattr(c, name)}")
     for name in ("steps", "warmup_steps", "weight_decay", "eval_every", "save_every", "explore_eps", "temperature",
-                 "w_up", "w_down", "clip_low", "clip_high", "seed"):
+                 "micro_tokens", "w_up", "w_down", "clip_low", "clip_high", "seed"):
         if not 0 <= getattr(c, name) < math.inf:
             raise UserError(f"--{name} must be 0 or more, not {getattr(c, name)}")
     if c.group_size < 2:
@@ -129,9 +128,7 @@ def check_config(c):
         raise UserError(f"--device {c.device}: {str(error).splitlines()[0]}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Problems -------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Problem:
@@ -197,10 +194,8 @@ def prompt_ids(tokenizer, question, template="auto"):
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards: is the last box right? Model output is untrusted text, so nothing here evaluates it as code: a parser of our
+# ---- Rewards: is the last box right? Model output is untrusted text, so nothing here evaluates it as code: a parser of our 
 # own turns it into numbers, and every size is bounded before anything is computed.
-# ---------------------------------------------------------------------------------------------------------------------
 
 MP = mpmath.MPContext()
 MP.dps = 60
@@ -208,6 +203,7 @@ TOKEN = re.compile(r"\\[a-zA-Z]+|\d+\.?\d*|\.\d+|[a-zA-Z]|\S")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?", re.I)
 FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
              "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
+CONSTANTS = {r"\pi": MP.pi, r"\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}
 UNIFY = [(re.compile(pattern), new) for pattern, new in [
     (r"[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×|·", r"\\times "), ("÷", "/"),
     (r"\\(?:left|right|displaystyle|limits|bigl?|bigr?|Bigl?|Bigr?)(?![a-zA-Z])|\\[!;:]|\\[()]|~", ""),
@@ -266,69 +262,55 @@ def tidy(text):
     return re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", text).strip()
 
 
-def pieces(text, separator=","):
-    """text cut at the separators outside every bracket."""
-    parts, depth, start = [], 0, 0
-    for m in re.finditer(r"\\[a-zA-Z]+|\\?.", text, re.S):
-        depth += (m[0] in ("(", "[", "{", "\\{")) - (m[0] in (")", "]", "}", "\\}"))
-        if m[0] == separator and depth == 0:
-            parts.append(text[start:m.start()])
-            start = m.end()
-    return [part.strip() for part in parts + [text[start:]]]
+def pieces(text, separator):
+    """text cut at the separators that stand outside every bracket."""
+    parts, depth = [""], 0
+    for token in re.findall(r"\\[a-zA-Z]+|\\?.", text, re.S):
+        depth += (token in ("(", "[", "{", r"\{")) - (token in (")", "]", "}", r"\}"))
+        if token == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]
+
+
+def members(text):
+    """(brackets, items): brackets for a tuple or an interval, whose items are ordered; "" for a set, list, union or
+    plus-minus, whose items are not; None for a single value."""
+    union, listed, inner = pieces(text, r"\cup"), pieces(text, ","), pieces(text[1:-1], ",")
+    if len(union) > 1:
+        return "", union
+    if re.fullmatch(r"\\\{.*\\\}", text, re.S):
+        return "", pieces(text[2:-2], ",")
+    if len(listed) > 1 and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*(\\?%)?", text):
+        return "", listed
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(inner) > 1 == len(listed):
+        return text[0] + text[-1], inner
+    return ("", [text.replace(r"\pm", sign) for sign in "+-"]) if r"\pm" in text else (None, [text])
 
 
 def same_value(a, b):
-    """Whether two tidy answers are equal: unions, lists, tuples, sets, intervals piece by piece; the rest by value."""
-    if a == b or a.casefold() == b.casefold() and len(a) > 1:
-        return a != ""
-    if re.fullmatch(r"[a-zA-Z]{3,}[a-zA-Z ]*|[a-zA-Z ]*", a) or re.fullmatch(r"[a-zA-Z]{3,}[a-zA-Z ]*", b):
-        return a.casefold().split() == b.casefold().split() and len(a) > 1  # words are no products of letters
-    groups = []
-    for text in (a, b):
-        parts, ordered = pieces(text, "\\cup"), ""
-        if len(parts) == 1 and r"\pm" in text:
-            parts = [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")]
-        if len(parts) == 1 and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*(\\?%)?", text):
-            parts = pieces(text)
-            if len(parts) == 1 and re.match(r"\\\{.*\\\}$", text):
-                parts = pieces(text[2:-2]) + [""]  # "": a set, even of one
-            elif len(parts) == 1 and text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(pieces(text[1:-1])) > 1:
-                parts, ordered = pieces(text[1:-1]), text[0] + text[-1]
-        groups.append((ordered, parts))
-    (order_a, left), (order_b, right) = groups
-    if max(len(left), len(right)) == 1:
-        return same_number(a, b)
-    left, right = ([p for p in g if p] if not o else g for o, g in groups)
-    if order_a != order_b or len(left) != len(right) or len(left) > 20:
-        return False
-    if order_a:
+    """Whether two tidy answers are equal: the members of tuples, sets, ... one by one, words as words, the rest by value."""
+    (kind, left), (other_kind, right) = members(a), members(b)
+    if a == b or kind != other_kind or len(left) != len(right) or len(left) > 20:
+        return a == b != ""
+    if kind:
         return all(map(same_value, left, right))
-    for item in left:  # unordered: cross each one off
-        match = next((other for other in right if same_value(item, other)), None)
-        if match is None:
-            return False
-        right.remove(match)
-    return True
-
-
-def same_number(a, b):
-    """Whether two expressions agree: at four points, if there are letters in them. A percentage may stand for either
-    its number or its hundredth."""
-    percent = [text.rstrip().endswith("%") for text in (a, b)]
-    a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", re.sub(r"\s*\\?%\s*$", "", text)) for text in (a, b))
-    loose = bool(re.search(r"\d?\.\d", a + " " + b))
-    scales = [1] if percent[0] == percent[1] else [1, Fraction(1, 100)]
-    x, y = ([evaluate(text, point) for point in range(4)] for text in (a, b))
-    return any(all(close(u * (s if percent[0] else 1), v * (s if percent[1] else 1), loose) for u, v in zip(x, y)) for s in scales)
-
-
-def close(a, b, loose):
-    """Equality of two numbers: to 1e-6 relative if loose (one was a decimal); else exact for fractions, to 45 digits
-    for the irrational."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b or loose and abs(a - b) <= Fraction(1, 10**6) * max(abs(a), abs(b))
-    a, b = lift(a), lift(b)
-    return bool(a == b or MP.isfinite(a) and MP.isfinite(b) and abs(a - b) <= (MP.mpf("1e-6") if loose else MP.mpf("1e-45")) * max(abs(a), abs(b)))
+    if kind == "":  # unordered: cross each one off
+        for item in left:
+            match = next((i for i, other in enumerate(right) if same_value(item, other)), None)
+            if match is None:
+                return False
+            del right[match]
+        return True
+    if any(re.fullmatch(r"[a-zA-Z ]{3,}", text) for text in (a, b)):  # words are no products of letters
+        return a.casefold().split() == b.casefold().split()
+    percent = [text.endswith("%") for text in (a, b)]  # may stand for its number or its hundredth
+    a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\s*\\?%$", "", text) for text in (a, b))
+    loose, points = "." in a + b, range(4 if re.search("[a-zA-Z]", a + b) else 1)
+    pairs = [(latex_value(a, point), latex_value(b, point)) for point in points]
+    return any(all(close(u / (100 if percent[0] and cut else 1), v / (100 if percent[1] and cut else 1), loose) for u, v in pairs)
+               for cut in {False, percent[0] != percent[1]})
 
 
 def lift(x):
@@ -336,29 +318,41 @@ def lift(x):
     return MP.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
 
 
+def close(a, b, loose):
+    """Equality of two numbers: to 1e-6 relative if loose (one side was a decimal); otherwise exact for Fractions, and to
+    45 digits for the irrational."""
+    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+        a, b = lift(a), lift(b)
+    finite = isinstance(a, Fraction) or MP.isfinite(a) and MP.isfinite(b)
+    return bool(a == b or finite and abs(a - b) <= (Fraction(1, 10**6) if loose else Fraction(1, 10**45)) * max(abs(a), abs(b))
+                and (loose or not isinstance(a, Fraction)))
+
+
 def power(a, b):
-    """a ** b, exact for fractions of modest size; ValueError rather than a huge number."""
-    real = all(isinstance(x, Fraction) for x in (a, b))
+    """a ** b: exact for Fractions of modest size, ValueError instead of a huge number."""
+    real = isinstance(a, Fraction) and isinstance(b, Fraction)
     if real and b.denominator == 1 and abs(b) * (a.numerator.bit_length() + a.denominator.bit_length()) < 5000:
         return a ** int(b)
-    if real and b == Fraction(1, 2) and a >= 0 and Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator)) ** 2 == a:
-        return Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
+    if real and b == Fraction(1, 2) and a >= 0:
+        root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
+        if root ** 2 == a:
+            return root
     a, b = lift(a), lift(b)
     if abs(b) > 1e6 or a and abs(b * MP.log(abs(a))) > 1e5:
         raise ValueError("too large")
     return MP.power(a, b)
 
 
-def evaluate(latex, point=0):
-    r"""The number that a LaTeX expression stands for, its letters taken from a fixed table (number `point` of four):
-    a Fraction while that is exact, else an mpmath number. A recursive-descent parser; raises ValueError on anything
-    it does not know and on anything too large."""
-    tokens = TOKEN.findall(latex)
-    if len(tokens) > 300 or any(len(t) > 1000 for t in tokens):
+def latex_value(text, point=0):
+    r"""The number that a LaTeX expression stands for: a Fraction while that is exact, else an mpmath number; its letters
+    take values from a fixed table, another at each point. A recursive-descent parser, which pops what it has read;
+    ValueError on anything it does not know, and on anything too large."""
+    tokens = TOKEN.findall(text)[::-1]
+    if len(tokens) > 300:
         raise ValueError("too long")
 
     def take(*wanted):
-        return tokens.pop(0) if tokens and (not wanted or tokens[0] in wanted) else None
+        return tokens.pop() if tokens and (not wanted or tokens[-1] in wanted) else None
 
     def closed(end):
         value = total()
@@ -368,77 +362,71 @@ def evaluate(latex, point=0):
 
     def total():
         value = product()
-        while sign := take("+", "-"):
-            value = value + (product() if sign == "+" else -product())
+        while tokens and tokens[-1] in ("+", "-"):
+            value = value + product()  # its sign is read with it
         return value
 
     def product():
-        if sign := take("+", "-"):
-            return product() if sign == "+" else -product()
         value = raised()
-        while tokens and tokens[0] not in ("+", "-", ")", "]", "}", "|", ",", "="):
-            value = value * (power(raised(), Fraction(-1)) if take("/") else raised(signed=bool(take(r"\times"))))
+        while tokens and tokens[-1] not in ("+", "-", ")", "]", "}", "|"):
+            value = value * (power(raised(), Fraction(-1)) if take("/") else raised() if take(r"\times") else raised())
         return value
 
-    def raised(signed=False):
-        if signed and (sign := take("+", "-")):
-            return raised(True) if sign == "+" else -raised(True)
+    def raised():
+        if sign := take("+", "-"):
+            return raised() if sign == "+" else -raised()
         value = atom()
         while mark := take("^", "!"):
-            if mark == "!":
-                if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= 300:
-                    raise ValueError("factorial")
-                value = Fraction(math.factorial(int(value)))
-            else:
-                value = power(value, raised(signed=True))
+            if mark == "!" and not (value in range(301)):
+                raise ValueError("factorial")
+            value = Fraction(math.factorial(int(value))) if mark == "!" else power(value, raised())
         return value
 
+    def function(name):
+        base, exponent = take("_") and atom(), take("^") and atom()
+        value = lift(atom() if tokens and tokens[-1] in ("(", "{", "[") else product())
+        logarithm = name in ("ln", "log")
+        if logarithm and not value or abs(value) > 1e6 and not logarithm:
+            raise ValueError("out of range")
+        value = FUNCTIONS[name](value) / (MP.log(lift(base)) if base else 1)
+        return power(value, exponent) if exponent else value
+
     def atom():
-        token = take()
-        if token is None:
-            raise ValueError("nothing there")
-        if token[0].isdecimal() or token[0] == "." and len(token) > 1:
+        token = take() or ""
+        if re.match(r"\.?\d", token):
             return Fraction(token)
-        if token in ("(", "[", "{", "|"):
-            value = closed({"(": ")", "[": "]", "{": "}", "|": "|"}[token])
-            return abs(value) if token == "|" else value
+        if token in ("(", "[", "{"):
+            return closed({"(": ")", "[": "]", "{": "}"}[token])
+        if token == "|":
+            return abs(closed("|"))
         if token == r"\frac":
             return atom() * power(atom(), Fraction(-1))
         if token == r"\sqrt":
             root, value = closed("]") if take("[") else Fraction(2), atom()
-            if isinstance(value, Fraction) and value < 0 and root % 2 == 1:
-                return -power(-value, 1 / root)  # the real root
-            return power(value, 1 / root)
+            odd = isinstance(value, Fraction) and value < 0 and root % 2 == 1  # then the real root
+            return -power(-value, 1 / root) if odd else power(value, 1 / root)
         if token == r"\binom":
             n, k = atom(), atom()
-            if not (0 <= k <= n <= 1000 and n.denominator == k.denominator == 1):
+            if not (n in range(1001) and k in range(1001)):
                 raise ValueError("binomial")
             return Fraction(math.comb(int(n), int(k)))
-        if token[1:] in FUNCTIONS and token[0] == "\\":
-            base = take("_") and atom()
-            raise_to = take("^") and atom()
-            value = atom() if tokens and tokens[0] in "({[" else product()
-            if abs(value) > 1e6 and token not in (r"\ln", r"\log") or not value and token in (r"\ln", r"\log"):
-                raise ValueError("out of range")
-            value = FUNCTIONS[token[1:]](lift(value)) / (MP.log(lift(base)) if base else 1)
-            return power(value, raise_to) if raise_to else value
-        if token in (r"\pi", r"\infty", "e", "i"):
-            return {"\\pi": MP.pi, "\\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}[token] * MP.one
+        if token[1:] in FUNCTIONS and len(token) > 1:
+            return function(token[1:])
+        if token in CONSTANTS:
+            return CONSTANTS[token] * MP.one
         if re.fullmatch(r"[a-zA-Z]|\\(alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)", token):
-            name = token + (take("_") and str(take("{") and closed("}") or atom()) or "")
+            name = token + (str(atom()) if take("_") else "")
             seed = sum((i + 1) * ord(ch) for i, ch in enumerate(name)) + 101 * point
             return Fraction((-1) ** point * (seed * 37 % 89 + 3), seed * 53 % 61 + 7)
         raise ValueError(f"unknown {token}")
 
     value = total()
     if tokens:
-        raise ValueError(f"{tokens[0]} left over")
+        raise ValueError(f"{tokens[-1]} left over")
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Model and tokenizer --------------------------------------------------------------------------------------------
 
 HUB = {"qwen": "Qwen", "llama": "meta-llama", "smollm": "HuggingFaceTB", "gemma": "google", "mistral": "mistralai",
        "ministral": "mistralai", "deepseek": "deepseek-ai", "phi": "microsoft", "olmo": "allenai", "granite": "ibm-granite"}
@@ -542,9 +530,7 @@ def output_logits(model, hidden):
     return model.get_output_embeddings()(hidden)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts and log-probs. Both compute a prompt's keys and values once and share them among its rows.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rollouts and log-probs. Both compute a prompt's keys and values once and share them among its rows. ------------
 
 @dataclass
 class Sample:
@@ -604,7 +590,8 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
             if len(rows) < len(ids):  # some have left
                 ids, mask = ids[keep], mask[keep]
                 cache.batch_select_indices(keep)
-            chunk = min(CHUNK, max(budgets[r // n] - len(samples[r].tokens) for r in rows))
+            left = sorted(budgets[r // n] - len(samples[r].tokens) for r in rows)
+            chunk = min(CHUNK, left[len(left) // 8])  # until an eighth have spent their budgets
             model.generation_config = GenerationConfig(
                 max_new_tokens=chunk, do_sample=temperature > 0, temperature=1.0, top_k=0, top_p=1.0,
                 eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
@@ -658,9 +645,7 @@ def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Upstream, phase I (Section 3.2): split, cut, select; and the skip connection
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Upstream, phase I (Section 3.2): split, cut, select; and the skip connection -----------------------------------
 
 def split_position(length, rng, low=1 / 6, high=1 / 2):
     """t_q ~ Uniform[low * L_q, high * L_q], in tokens, at least 1 (eq. 2). rng: NumPy's or random's."""
@@ -689,9 +674,7 @@ def skip_prompt(segment, prompt, bos_token_id=None):
     return segment + prompt
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Value estimation and running trackers (Section 3.3; SPO eq. 5-7, 11)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Value estimation and running trackers (Section 3.3; SPO eq. 5-7, 11) -------------------------------------------
 
 def monte_carlo_value(rewards):
     """R_I(s, a) = mean_i R_II(o_i, a) (eq. 3): [B, G] of +-1 -> [B] in [-1, 1]."""
@@ -720,9 +703,7 @@ def choose_prompts(values, n, rng, eps=0.05):
     return rng.choice(len(values), n, replace=False, p=weight / weight.sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages and losses (Sections 3.3, 3.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Advantages and losses (Sections 3.3, 3.4) ----------------------------------------------------------------------
 
 def standardise(x):
     """(x - mean) / population std along the last dimension; all 0, not NaN, where its values are all equal."""
@@ -756,9 +737,7 @@ def upstream_loss(logprobs, old_logprobs, advantages, mask, row_weight, clip_low
     return -(torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A) * mask * row_weight[:, None]).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Update
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Update ---------------------------------------------------------------------------------------------------------
 
 class Row(NamedTuple):
     """One sequence's part in a mini-batch's loss."""
@@ -769,18 +748,18 @@ class Row(NamedTuple):
     upstream: bool
 
 
-def micro_batches(prompts, responses, micro_tokens):
-    """Cuts N rows (lists of ids) into forward passes of at most micro_tokens tokens, padding and shared prompts counted
-    (a single row may exceed that). Rows of like length together, within a factor of sqrt 2, and among those the rows of
-    one prompt. Yields lists of row indices."""
+def micro_batches(prompts, responses, limit):
+    """Cuts N rows (lists of ids) into forward passes of at most `limit` tokens, padding and shared prompts counted (a row
+    longer than that goes alone). Rows of like length together, within a factor of sqrt 2, and among those the rows of one
+    prompt. Yields lists of row indices."""
     keys = [tuple(p) for p in prompts]
     batch, width, shared = [], 0, {}
     for i in sorted(range(len(keys)), key=lambda i: (round(2 * math.log2(len(responses[i]))), keys[i])):
-        then_width, then_shared = max(width, len(responses[i])), shared | {keys[i]: len(keys[i])}
-        if batch and (len(batch) + 1) * then_width + len(then_shared) * max(then_shared.values()) > micro_tokens:
+        width, shared = max(width, len(responses[i])), shared | {keys[i]: len(keys[i])}
+        if batch and (len(batch) + 1) * width + len(shared) * max(shared.values()) > limit:
             yield batch
-            batch, then_width, then_shared = [], len(responses[i]), {keys[i]: len(keys[i])}
-        batch, width, shared = batch + [i], then_width, then_shared
+            batch, width, shared = [], len(responses[i]), {keys[i]: len(keys[i])}
+        batch = batch + [i]
     if batch:
         yield batch
 
@@ -790,7 +769,7 @@ def update(model, optimizer, rows, config):
     they count in the weights of the others, and are not run. Returns sums for the log."""
     log = Counter()
     rows = [r for r in rows if r.advantage]
-    for indices in micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], config.micro_tokens):
+    for indices in micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], pass_tokens(config, model)):
         batch = [rows[i] for i in indices]
         with autocast(config, model.device):
             logprobs, mask = response_logprobs(model, [r.prompt for r in batch], [r.sample.tokens for r in batch], config.temperature)
@@ -814,15 +793,18 @@ def update(model, optimizer, rows, config):
     return log
 
 
+def pass_tokens(config, model):
+    """The tokens of a forward pass: a GPU wants many at once, a CPU is as fast with few, in less memory."""
+    return config.micro_tokens or (16384 if model.device.type == "cuda" else 1024)
+
+
 def autocast(config, device):
     """bfloat16 compute over float32 master weights, which a step of 1e-6 still reaches; float32 where asked."""
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One training step: the algorithm, in the order of the paper
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- One training step: the algorithm, in the order of the paper ----------------------------------------------------
 
 @dataclass
 class State:
@@ -867,7 +849,7 @@ def training_step(model, tokenizer, optimizer, problems, prompts, state, config)
     up = upstream_advantages(values, V.float()).tolist()  # [B]
     # 9. and 10. The losses, and one optimiser step per mini-batch of prompts.
     update_start, log = time.perf_counter(), Counter()
-    lr = set_lr(optimizer, c.lr * min(1.0, state.step / max(1, c.warmup_steps)))
+    lr = optimizer.param_groups[0]["lr"] = c.lr * min(1.0, state.step / max(1, c.warmup_steps))
     for part in np.split(np.arange(B), c.minibatches):
         rows = []
         for b in part:
@@ -904,7 +886,7 @@ def policy_drift(model, prompts, kept, config):
     drift, again = np.zeros(len(prompts)), [b for b, s in enumerate(kept) if s is not None]
     prompts, kept = [prompts[b] for b in again], [kept[b] for b in again]
     with torch.no_grad():
-        for batch in micro_batches(prompts, [s.tokens for s in kept], config.micro_tokens):
+        for batch in micro_batches(prompts, [s.tokens for s in kept], pass_tokens(config, model)):
             now, _ = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch], config.temperature)
             for i, logprobs in zip(batch, now.tolist()):
                 drift[again[i]] = np.mean(np.abs(np.subtract(kept[i].logprobs, logprobs[:len(kept[i].tokens)])))
@@ -919,12 +901,6 @@ def seed_everything(seed, step):
     return rng
 
 
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def peak_memory_gb(device):
     """The most memory so far: the GPU's as allocated, else the process's; 0 where the system does not say."""
     if device.type == "cuda":
@@ -936,9 +912,7 @@ def peak_memory_gb(device):
         return 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, problems, config):
     """avg@k: the share of right answers among k samples for each problem, from q alone, without any segment."""
@@ -954,9 +928,7 @@ def evaluate(model, tokenizer, problems, config):
     return dict(accuracy=float(np.mean(right)), samples=k, problems=len(problems))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run: files, checkpoints, the loop
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run: files, checkpoints, the loop --------------------------------------------------------------------------
 
 STOP = []  # signals received: the step in progress is finished, a checkpoint written, the run ended
 
@@ -1128,9 +1100,7 @@ def summarise(out, reading):
     print(f"files     {out}: config.json, metrics.jsonl, samples.jsonl, model/ (python skpo.py --model {out / 'model'} ...)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
 def parse_config(argv):
     """The command line as a Config. The embedded model and a run that is resumed bring defaults of their own."""

@@ -1,0 +1,561 @@
+"""The tests of skpo.py, each against independent arithmetic or a plain forward pass. Small models, CPU, under 3 minutes."""
+import copy
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+import skpo
+from skpo import Config, Problem, Sample, Tracker
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A random model of two layers, float32, and the embedded tokenizer."""
+    return skpo.embedded_model(0, steps=0)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """The embedded model after its supervised warm-up."""
+    return skpo.embedded_model(0)
+
+
+def plain_logprobs(model, prompt, response, temperature=1.0):
+    """One uncached, unpadded forward per sequence."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(response)), response]
+
+
+def config(tmp_path=None, **kwargs):
+    return Config(**{**skpo.EMBEDDED, "out": str(tmp_path / "run") if tmp_path else "", **kwargs})
+
+
+def rows_of(path, key=None):
+    rows = [json.loads(line) for line in open(path / "metrics.jsonl", encoding="utf-8")]
+    return [r for r in rows if key is None or key in r]
+
+
+def run(*arguments, timeout=60, **kwargs):
+    return subprocess.run([sys.executable, str(HERE / "skpo.py"), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=timeout, **kwargs)
+
+
+# ---- Config ---------------------------------------------------------------------------------------------------------
+
+def test_defaults_are_the_papers():
+    c = Config()
+    assert (c.lr, c.warmup_steps, c.weight_decay, c.max_grad_norm, c.steps) == (1e-6, 10, 0.1, 1.0, 500)
+    assert (c.prompts_per_step, c.minibatches, c.group_size, c.max_prompt_tokens, c.max_new_tokens) == (128, 4, 8, 1024, 3072)
+    assert (c.clip_low, c.clip_high, c.w_up, c.w_down, c.temperature) == (0.2, 0.28, 0.5, 0.5, 1.0)
+    assert (c.split_low, c.split_high, c.init_length) == (1 / 6, 1 / 2, 1024)
+    assert (c.rho_min, c.rho_max, c.tau, c.explore_eps) == (0.875, 0.96, 8, 0.05)
+    assert skpo.parse_config(["--model", "x"]) == replace(c, model="x")
+
+
+def test_the_embedded_model_brings_defaults_for_what_is_not_set():
+    c = skpo.parse_config(["--lr", "0.5"])
+    assert c.lr == 0.5 and c.steps == skpo.EMBEDDED["steps"] and c.weight_decay == 0.1
+
+
+# ---- Problems and rewards -------------------------------------------------------------------------------------------
+
+def test_problem_files(tmp_path):
+    f = tmp_path / "p.jsonl"
+    f.write_text('{"question": "a", "answer": "two\\n#### 2"}\n\n{"problem": "b", "answer": 27.0}\n{"question": "c", "answer": 0}\n')
+    assert skpo.load_problems(str(f)) == [Problem("a", "2"), Problem("b", "27.0"), Problem("c", "0")]
+
+
+def test_builtin_problems_are_right():
+    for p in skpo.load_problems("arithmetic"):
+        assert eval(p.question[8:-1]) == int(p.answer)  # written by us, not by a model
+    for p in skpo.load_problems("sums"):
+        assert len(p.question) == 6 and sum(map(int, p.question)) % 10 == int(p.answer)
+    assert len({p.question for p in skpo.load_problems("sums")}) > 2000
+
+
+def test_extract_answer():
+    assert skpo.extract_answer(r"\boxed{1} and \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert skpo.extract_answer(r"\boxed{7} then \boxed{8") == "7"
+    assert skpo.extract_answer(r"\boxed{\{1,2\}}") == r"\{1,2\}"
+    assert skpo.extract_answer(r"\boxed{\boxed{5}}") == "5"
+    for nothing in ("5", "", r"\boxed", r"\boxed{", r"\boxed{}", r"\boxed{ }", r"\boxed{1}\boxed{}"):
+        assert not skpo.extract_answer(nothing)
+
+
+EQUAL = r"""5|5.0;1,000|1000;12{,}345|12345;10\,000|10000;007|7;+5|5;5|−5 - -10;1.5\times 10^{3}|1500;1.5e3|1500;5.|5;\$5$|5
+\frac12|\frac{1}{2};\dfrac{1}{2}|0.5;\tfrac12|1/2;2\frac{1}{2}|5/2;2 1/2|2.5;-2\frac12|-2.5;\frac{-3}{4}|-\frac34;0.333333|1/3
+50\%|50;50\%|0.5;\$18|18;\$1,234.50|1234.5;45^\circ|45;45^{\circ}|45;45°|45 degrees;5\text{ cm}|5;5\text{ cm}^2|5;12 inches|12
+\sqrt{8}|2\sqrt{2};\sqrt2|\sqrt{2};\sqrt[3]{27}|3;(-8)^2|64;2^{10}|1024;\pi/2|\frac{\pi}{2};2\pi|\pi\cdot 2;\infty|infinity;5!|120
+-\infty|-∞;x=5|5;f(x)=2x|2x;y=2x+1|1+2x;(1,2)|( 1, 2 );\left(\frac12, 3\right)|(0.5,3);\{1,2,3\}|\{3,2,1\};1,2|2, 1;[0,1)|[0, 1)
+(-\infty, 3]|(-\infty,3];(0,1)\cup(2,3)|(2,3)\cup(0,1);(x+1)^2|x^2+2x+1;(x+1)(x-1)|x^2-1;\frac{1}{2}x|x/2;3\pm\sqrt2|3-\sqrt2, 3+\sqrt2
+\text{(C)}|C;(C)|C;\textbf{(C)}|C;\text{Yes}|yes;east|East;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3};e^{i\pi}|-1;\log_2 8|3;\binom{5}{2}|10
+\sin^2 x+\cos^2 x|1;1.41421356|\sqrt{2};x \in [1,2]|[1,2];1{,}000{,}000|10^6;\sqrt{x^2+1}|(x^2+1)^{1/2};10^{-3}|0.001;3 \text{ and } 5|5, 3
+\sqrt[3]{-8}|-2;2^{-1}|\frac12;|-5|+1|6;27.0|27;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4}"""
+DIFFERENT = r"""5|6;0.33|1/3;1.414|\sqrt2;(1,2)|(2,1);(0,1)|[0,1];[0,1)|[0,1];1|-1;x|y;x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\}
+\{1,2\}|\{1,2,3\};\{1,1\}|\{1,2\};\sqrt{x^2}|x;100!|99!;10^{100}|10^{100}+1;2^{100}|2^{100}+1;9^{9^{9^9}}|1;1/0|1/0+1;1000|1,001;(1,2)|12
+12|1,2;[1,2]|\{1,2\};\frac{0}{0}|0;i|-i;\sin x|\cos x;50\%|5;x=5|6;99999999!|1;0.1|0.10001;\frac13|0.3333"""
+
+
+@pytest.mark.parametrize("table, verdict", [(EQUAL, True), (DIFFERENT, False)])
+def test_verdicts(table, verdict):
+    for pair in table.replace("\n", ";").split(";"):
+        a, b = pair.rsplit("|", 1)
+        for given, reference in ((a, b), (b, a)):
+            assert skpo.is_correct(f"so it is \\boxed{{{given}}}.", reference) is verdict, (given, reference)
+    assert skpo.is_correct(r"\boxed{|-5|}", "5")
+
+
+def test_hostile_answers_are_wrong_quickly_and_run_nothing(tmp_path):
+    target = tmp_path / "pwned"
+    hostile = ["9^{9^{9^9}}", "(" * 5000, "1" * 200000, "99999999!", "(x+1)^{99999}", "\0", f"__import__('os').system('touch {target}')",
+               f"open('{target}','w')", r"\frac" * 100, "{" * 100 + "}" * 100, "-" * 290, "2^" * 140 + "2", r"\sqrt" * 250 + "2", "|" * 250,
+               "1" * 900 + "e999", "1e999999999", "300!!!!", "(300!)^{20}" * 10, "x^{x^{x^x}}", r"\boxed{" * 20000, "{,}" * 300,
+               r"\text{" * 150, "a," * 490, r"\{" * 450, r"\exp\exp\exp\exp 100", r"\ln 0", "0^{-1}", r"\sqrt[0]{5}", "e^{e^{e^{e^e}}}",
+               "((((9^9)^9)^9)^9)^9", r"\sin " * 140 + "1", " " * 900, "1 " * 450, "((x+1)^{99}+(y+1)^{99})^{99}", "²", "٣", "½"]
+    for text in hostile:
+        for reference in ("5", text[:-1] + "7"):
+            start = time.perf_counter()
+            verdict = skpo.is_correct(f"\\boxed{{{text}}}", reference), skpo.is_correct(text, reference)
+            assert verdict == (False, False) and time.perf_counter() - start < 1, text[:50]
+    assert not target.exists()
+
+
+def test_random_junk_neither_raises_nor_hangs():
+    rng = random.Random(0)
+    atoms = ["1", "23", ".", ",", "x", "\\pi", "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "^", "_", "!", "|", "+", "-", "/", "\\%", "=", "\\text{",
+             "\\cup", "\\pm", "\\sin", "\\log", " ", "e", "i", "\\infty", "\\{", "\\}", "\\boxed{", "9999", "\\binom", "\\times", "\\\\", "\n", "é", "\0"]
+    start = time.perf_counter()
+    for _ in range(2000):
+        junk = ["".join(rng.choices(atoms, k=rng.randint(1, 30))) for _ in range(2)]
+        assert skpo.is_correct(f"\\boxed{{{junk[0]}}}", junk[1]) in (True, False)
+    assert time.perf_counter() - start < 30
+
+
+def test_plain_verdicts_are_fast():
+    start = time.perf_counter()
+    for i in range(2000):
+        assert not skpo.is_correct(f"it is \\boxed{{{i}}}", str(i + 1))
+    assert time.perf_counter() - start < 1
+
+
+# ---- Prompts and sampling -------------------------------------------------------------------------------------------
+
+def test_prompts(tiny):
+    tokenizer = copy.deepcopy(tiny[1])
+    assert tokenizer.decode(skpo.prompt_ids(tokenizer, "123")) == "123="  # its chat template
+    assert tokenizer.decode(skpo.prompt_ids(tokenizer, "123", "none")) == "123"
+    tokenizer.chat_template = None
+    ids = skpo.prompt_ids(tokenizer, "123")
+    assert ids[:3] == tokenizer("123")["input_ids"] and tokenizer.convert_tokens_to_ids("\\boxed{") in ids
+
+
+PROMPTS = [[1, 2, 3, 4, 5, 10], [7, 10], [3], [5] * 12 + [10]]
+
+
+def hostile_copy(model, **kwargs):
+    model = copy.deepcopy(model)
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=2, top_p=0.3, temperature=0.2, repetition_penalty=3.0, no_repeat_ngram_size=2, bad_words_ids=[[1]],
+        min_new_tokens=5, max_length=9, num_return_sequences=1, pad_token_id=13, eos_token_id=kwargs.get("eos", 13))
+    return model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_a_fresh_forwards(tiny, temperature):
+    model = hostile_copy(tiny[0], eos=[13, 4])  # pad = EOS, two EOS ids, a hostile generation_config
+    torch.manual_seed(0)
+    budgets = [40, 3, 70, 1]  # across chunks
+    groups = skpo.generate(model, tiny[1], PROMPTS, 5, budgets, temperature)
+    assert [len(g) for g in groups] == [5] * 4 and model.generation_config.top_k == 2  # put back
+    for prompt, group, budget in zip(PROMPTS, groups, budgets):
+        for s in group:
+            assert 1 <= len(s.tokens) <= budget and len(s.logprobs) == len(s.tokens)
+            assert s.finished == (s.tokens[-1] in (13, 4)) and not {13, 4} & set(s.tokens[:-1])
+            assert s.finished or len(s.tokens) == budget
+            expected = plain_logprobs(model, prompt, s.tokens, temperature)
+            assert torch.allclose(torch.tensor(s.logprobs), expected, atol=1e-4)
+    lengths = {len(s.tokens) for s in groups[2]}
+    assert len(lengths) > 1, "the test wants ragged rows"
+
+
+def test_samples_come_from_the_policy_whatever_the_generation_config(tiny):
+    model = hostile_copy(tiny[0])
+    torch.manual_seed(1)
+    samples = skpo.generate(model, tiny[1], [PROMPTS[0]], 20000, 1)[0]
+    counts = np.bincount([s.tokens[0] for s in samples], minlength=model.config.vocab_size) / len(samples)
+    truth = model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1).detach().numpy()
+    assert np.abs(counts - truth).sum() / 2 < 0.02  # total variation
+
+
+def test_chunks_do_not_change_the_distribution(tiny, monkeypatch):
+    def second_tokens(chunk):
+        monkeypatch.setattr(skpo, "CHUNK", chunk)
+        torch.manual_seed(chunk)
+        samples = skpo.generate(tiny[0], tiny[1], [PROMPTS[0]], 8000, 3)[0]
+        return np.bincount([s.tokens[2] for s in samples if len(s.tokens) > 2], minlength=20) / len(samples)
+    assert np.abs(second_tokens(1) - second_tokens(32)).sum() / 2 < 0.03
+
+
+def test_greedy(tiny):
+    sample = skpo.generate(tiny[0], tiny[1], [PROMPTS[0]], 1, 4, temperature=0)[0][0]
+    ids = list(PROMPTS[0])
+    for token in sample.tokens:
+        assert token == tiny[0](torch.tensor([ids])).logits[0, -1].argmax()
+        ids.append(token)
+
+
+def test_a_model_without_eos_runs_to_its_budget(tiny):
+    model, tokenizer = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[1])
+    model.generation_config, tokenizer.eos_token = GenerationConfig(), None
+    assert [len(s.tokens) for s in skpo.generate(model, tokenizer, [[1, 2]], 3, 50)[0]] == [50] * 3
+
+
+# ---- Upstream: split, cut, select, skip -----------------------------------------------------------------------------
+
+def test_split_position_is_uniform_between_a_sixth_and_a_half():
+    rng = np.random.default_rng(0)
+    t = np.array([skpo.split_position(600, rng) for _ in range(4000)])
+    assert t.min() >= 100 and t.max() <= 300 and abs(t.mean() - 200) < 4 and abs(t.std() - 200 / math.sqrt(12)) < 3
+    assert skpo.split_position(0.5, rng) == 1 and isinstance(skpo.split_position(9, random.Random(0)), int)
+    assert {skpo.split_position(100, rng, 0.5, 0.5) for _ in range(5)} == {50}
+
+
+def test_an_early_segment_is_cut_to_half_without_its_eos():
+    ended = Sample(list(range(9)), [-0.1 * i for i in range(9)], True)
+    cut = skpo.cut_segment(ended)
+    assert cut.tokens == [0, 1, 2, 3] and cut.logprobs == ended.logprobs[:4]
+    assert len(skpo.cut_segment(Sample([5, 0], [-1, -1], True)).tokens) == 1
+    paused = Sample([1, 2, 3], [-1.0] * 3, False)
+    assert skpo.cut_segment(paused) == paused
+
+
+def test_the_median_segment_is_selected_first_on_a_tie():
+    def make(*d):
+        return [Sample([0] * 4, [-x + 0.1, -x - 0.1] * 2, False) for x in d]
+    assert skpo.select_segment(make(5, 1, 3)) == 2
+    assert skpo.select_segment(make(9, 4, 1, 2)) == 1  # 2 and 4 are equally near to 3
+    assert skpo.select_segment(make(0.1, 0.7, 0.3, 0.2)) == 2
+    assert skpo.select_segment(make(2, 2, 2)) == 0
+    for seed in range(50):  # against sorting; G even: the two middle ones tie
+        d = np.random.default_rng(seed).normal(size=8).tolist()
+        assert skpo.select_segment(make(*d)) == min(d.index(x) for x in sorted(d)[3:5])
+
+
+def test_skip_prompt_puts_the_segment_first_and_bos_before_it(tiny):
+    assert skpo.skip_prompt([7, 8], [1, 2, 3], None) == [7, 8, 1, 2, 3]
+    assert skpo.skip_prompt([7, 8], [1, 2, 3], 1) == [1, 7, 8, 2, 3]
+    assert skpo.skip_prompt([7, 8], [2, 1, 3], 1) == [7, 8, 2, 1, 3]  # a BOS that does not open q
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.bos_token = "1"  # a chat's turn opener: the tokenizer itself puts no BOS
+    assert skpo.prepended_bos(tokenizer) is None
+
+
+# ---- Log-probs for training -----------------------------------------------------------------------------------------
+
+def some_rows(seed=0, prompts=((1, 2, 3, 10), (4, 10), (5,))):
+    rng = np.random.default_rng(seed)
+    return [(list(p), rng.integers(0, 14, rng.integers(1, 12)).tolist()) for p in prompts for _ in range(4)]
+
+
+def test_shared_prefix_logprobs_and_gradients_are_the_plain_ones(tiny):
+    model = copy.deepcopy(tiny[0])
+    rows = some_rows()
+    logprobs, mask = skpo.response_logprobs(model, [p for p, _ in rows], [o for _, o in rows], temperature=0.8)
+    weights = torch.linspace(-1, 1, mask.sum())
+    (logprobs[mask] * weights).sum().backward()
+    shared = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = [plain_logprobs(model, p, o, 0.8) for p, o in rows]
+    assert mask.sum(1).tolist() == [len(o) for _, o in rows]
+    assert torch.allclose(logprobs[mask], torch.cat(plain), atol=1e-5)
+    (torch.cat(plain) * weights).sum().backward()
+    for p, g in zip(model.parameters(), shared):
+        assert (p.grad - g).norm() <= 1e-4 * p.grad.norm()
+
+
+def test_the_cached_skip_prompt_gives_the_uncached_logits(tiny):
+    prompt = skpo.skip_prompt([3, 1, 4], [1, 5, 9, 10], 1)
+    for s in skpo.generate(tiny[0], tiny[1], [prompt, [2, 10]], 3, 6)[0]:
+        assert torch.allclose(torch.tensor(s.logprobs), plain_logprobs(tiny[0], prompt, s.tokens), atol=1e-5)
+
+
+def test_chunked_logprobs_for_any_chunk():
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(8, 30), torch.randn(17, 8, requires_grad=True), torch.randint(30, (17,))
+    expected = head(hidden).log_softmax(-1)[torch.arange(17), targets]
+    gradient = torch.autograd.grad(expected.square().sum(), hidden)[0]
+    for chunk in (1, 5, 17, 100):
+        got = skpo.chunked_logprobs(head, hidden, targets, chunk=chunk)
+        assert torch.allclose(got, expected, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(got.square().sum(), hidden)[0], gradient, atol=1e-5)
+
+
+def test_micro_batches_cover_every_row_once_within_the_limit():
+    rng = np.random.default_rng(0)
+    prompts = [[i // 8] * (5 + i // 8) for i in range(64)]
+    responses = [[0] * int(rng.integers(1, 200)) for _ in range(64)]
+    for limit in (1, 300, 1000, 10**6):
+        batches = list(skpo.micro_batches(prompts, responses, limit))
+        assert sorted(i for b in batches for i in b) == list(range(64))
+        for b in batches:
+            width, distinct = max(len(responses[i]) for i in b), {tuple(prompts[i]) for i in b}
+            assert len(b) == 1 or len(b) * width + len(distinct) * max(map(len, distinct)) <= limit
+    assert len(batches) == 1
+
+
+# ---- Values, trackers, advantages -----------------------------------------------------------------------------------
+
+def test_the_monte_carlo_value_is_the_mean():
+    rewards = torch.tensor([[1.0, -1, -1, -1], [1, 1, 1, 1]])
+    assert skpo.monte_carlo_value(rewards).tolist() == [-0.5, 1.0]
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, -1, -1, -1], [1, 1, 1, 1], [-1, -1, -1, -1], [0.1] * 4])
+    A = skpo.group_advantages(rewards)
+    expected = (np.array([1, -1, -1, -1]) + 0.5) / np.std([1, -1, -1, -1])
+    assert np.allclose(A[0], expected) and (A[1:] == 0).all()
+
+
+def test_upstream_advantages():
+    values, baselines = torch.tensor([1.0, 0.0, -0.5]), torch.tensor([0.5, 0.5, 0.0])
+    raw = np.array([0.5, -0.5, -0.5])
+    assert np.allclose(skpo.upstream_advantages(values, baselines), (raw - raw.mean()) / raw.std(), atol=1e-6)
+    assert skpo.upstream_advantages(values, values).tolist() == [0, 0, 0]
+    assert skpo.upstream_advantages(torch.tensor([0.3]), torch.tensor([0.0])).tolist() == [0]
+
+
+def test_tracker():
+    t = Tracker(3, 0.5, 0.875, 0.96, 8)
+    t.update([1], [0.9], [0.0])  # the first observation replaces the initial value
+    assert t.value.tolist() == [0.5, 0.9, 0.5] and t.count.tolist() == [0, 1, 0]
+    t.update([1], [0.0], [0.0])  # D = 0: rho clipped to 0.96
+    assert np.isclose(t.value[1], 0.9 - 0.9 / 1.96) and np.isclose(t.count[1], 1.96)
+    before = t.value[1]
+    t.update([1], [1.0], [100.0])  # a large move: rho clipped to 0.875
+    assert np.isclose(t.count[1], 0.875 * 1.96 + 1) and np.isclose(t.value[1], before + (1 - before) / (0.875 * 1.96 + 1))
+    t.update([0, 1], [0.1, 0.2], [0.0, 1.0])  # between the clips: rho = 2^(-1/8)
+    assert np.isclose(t.value[0], 0.1) and np.isclose(t.count[1], 2 ** (-1 / 8) * (0.875 * 1.96 + 1) + 1)
+
+
+def test_prompts_of_middling_value_are_chosen_most():
+    values, rng = np.array([0.0, 0.5, 1.0, 0.5]), np.random.default_rng(0)
+    picks = np.bincount(np.concatenate([skpo.choose_prompts(values, 1, rng) for _ in range(4000)]), minlength=4) / 4000
+    weight = np.array([0.05, 0.55, 0.05, 0.55])
+    assert np.allclose(picks, weight / weight.sum(), atol=0.03)
+    assert sorted(skpo.choose_prompts(values, 4, rng)) == [0, 1, 2, 3]
+
+
+def test_policy_drift(tiny):
+    sample = skpo.generate(tiny[0], tiny[1], [[1, 2, 10]], 1, 6)[0][0]
+    moved = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        moved.model.norm.weight.mul_(1.3)
+    now = plain_logprobs(moved, [1, 2, 10], sample.tokens)
+    expected = (now - torch.tensor(sample.logprobs)).abs().mean().item()
+    drift = skpo.policy_drift(moved, [[5, 10], [1, 2, 10]], [None, sample], config())
+    assert drift[0] == 0 and expected > 0.01 and np.isclose(drift[1], expected, atol=1e-5)
+    assert skpo.policy_drift(tiny[0], [[1, 2, 10]], [sample], config())[0] < 1e-5
+
+
+# ---- Losses ---------------------------------------------------------------------------------------------------------
+
+def loss_inputs():
+    rng = torch.Generator().manual_seed(0)
+    old = -torch.rand(4, 5, generator=rng)
+    logprobs = old + 0.6 * torch.randn(4, 5, generator=rng)  # many ratios beyond both clips
+    mask = torch.tensor([[1] * n + [0] * (5 - n) for n in (5, 3, 1, 4)])
+    return logprobs, old, torch.tensor([1.5, -0.7, 0.4, -2.0]), mask, torch.tensor([0.1, 0.2, 0.3, 0.05])
+
+
+def test_downstream_loss_and_gradient_against_a_loop():
+    logprobs, old, A, mask, w = loss_inputs()
+    total, gradient, clipped = 0.0, np.zeros((4, 5)), 0
+    for i in range(4):
+        for t in range(5):
+            if mask[i, t]:
+                r = math.exp(logprobs[i, t] - old[i, t])
+                clipped += not 0.8 <= r <= 1.28
+                r = min(max(r, 0.8), 1.28)
+                total += -w[i].item() * r * A[i].item() * logprobs[i, t].item()
+                gradient[i, t] = -w[i].item() * r * A[i].item()  # also where clipped
+    logprobs.requires_grad_()
+    loss = skpo.downstream_loss(logprobs, old, A, mask, w, 0.2, 0.28)
+    loss.backward()
+    assert clipped > 3 and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
+
+
+def test_upstream_loss_and_gradient_against_a_loop():
+    logprobs, old, A, mask, w = loss_inputs()
+    total, gradient, lost = 0.0, np.zeros((4, 5)), 0
+    for i in range(4):
+        for t in range(5):
+            if mask[i, t]:
+                r, a, v = math.exp(logprobs[i, t] - old[i, t]), A[i].item(), w[i].item()
+                total += -v * min(r * a, min(max(r, 0.8), 1.2) * a)
+                dead = a > 0 and r > 1.2 or a < 0 and r < 0.8
+                lost += dead
+                gradient[i, t] = 0 if dead else -v * r * a
+    logprobs.requires_grad_()
+    loss = skpo.upstream_loss(logprobs, old, A, mask, w, 0.2, 0.2)
+    loss.backward()
+    assert lost > 1 and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
+
+
+# ---- Update ---------------------------------------------------------------------------------------------------------
+
+def batch_of_rows(model, tokenizer, prompts=([1, 2, 3, 10], [4, 5, 10]), G=4):
+    """Rows as training_step makes them: two groups of responses and a segment for each."""
+    torch.manual_seed(0)
+    rng, rows = np.random.default_rng(0), []
+    for p, group in zip(prompts, skpo.generate(model, tokenizer, prompts, G, 9)):
+        weight = 1 / (sum(len(s.tokens) for s in group) * len(prompts))
+        rows += [skpo.Row(p, s, float(rng.normal()), weight, False) for s in group]
+        rows[-1] = rows[-1]._replace(advantage=0.0)
+        segment = skpo.generate(model, tokenizer, [p], 1, 5)[0][0]
+        rows.append(skpo.Row(p, segment, float(rng.normal()), 1 / (len(segment.tokens) * len(prompts)), True))
+    return rows
+
+
+def plain_step(model, rows, c):
+    """The gradient of one mini-batch, sequence by sequence."""
+    model.zero_grad()
+    for row in rows:
+        logprobs = plain_logprobs(model, row.prompt, row.sample.tokens)
+        ratio = (logprobs - torch.tensor(row.sample.logprobs)).exp()
+        if row.upstream:
+            loss = -c.w_up * torch.minimum(ratio * row.advantage, ratio.clamp(0.8, 1.2) * row.advantage).sum()
+        else:
+            loss = -c.w_down * (ratio.detach().clamp(0.8, 1.28) * row.advantage * logprobs).sum()
+        (row.weight * loss).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 10**6])
+def test_any_micro_tokens_gives_the_plain_step(tiny, micro_tokens):
+    model, tokenizer, c = copy.deepcopy(tiny[0]), tiny[1], config(micro_tokens=micro_tokens, max_grad_norm=1e9)
+    rows, grads = batch_of_rows(model, tokenizer), {}
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.2)  # off-policy: ratios away from 1, some clipped
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    optimizer.register_step_pre_hook(lambda *_: grads.update(enumerate(p.grad.clone() for p in model.parameters())))
+    log = skpo.update(model, optimizer, rows, c)
+    expected = plain_step(model, rows, c)
+    assert log["clipped"] > 0 and log["tokens"] == sum(len(r.sample.tokens) for r in rows if r.advantage)
+    for i, g in enumerate(expected):
+        assert (grads[i] - g).norm() <= 1e-4 * g.norm()
+    assert np.isclose(log["grad_norm"], math.sqrt(sum(g.square().sum().item() for g in expected)), rtol=1e-4)
+
+
+def test_the_ratio_is_one_before_the_first_optimiser_step(tiny):
+    model = copy.deepcopy(tiny[0])
+    log = skpo.update(model, torch.optim.SGD(model.parameters(), lr=0), batch_of_rows(model, tiny[1]), config())
+    assert np.isclose(log["ratio"] / log["tokens"], 1, atol=1e-5) and log["clipped"] == 0
+
+
+def test_the_update_raises_what_was_rewarded(tiny):
+    model, tokenizer, c = copy.deepcopy(tiny[0]), tiny[1], config(lr=1e-3)
+    rows = [r._replace(advantage=math.copysign(1, r.advantage)) for r in batch_of_rows(model, tokenizer) if r.advantage]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    for _ in range(3):
+        skpo.update(model, optimizer, rows, c)
+    for upstream in (True, False):
+        change = {1: [], -1: []}
+        for r in rows:
+            if r.upstream == upstream:
+                change[r.advantage].append((plain_logprobs(model, r.prompt, r.sample.tokens).sum() - sum(r.sample.logprobs)).item())
+        means = {sign: np.mean(v) for sign, v in change.items() if v}
+        assert means.get(1, math.inf) > means.get(-1, -math.inf) and means.get(1, 1) > 0
+
+
+def test_a_small_step_reaches_the_weights_under_bf16(tiny):
+    model = copy.deepcopy(tiny[0])
+    c, rows = config(dtype="bfloat16"), batch_of_rows(model, tiny[1])
+    before = [p.clone() for p in model.parameters()]
+    skpo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0), rows, c)
+    moved = np.mean([(p != b).float().mean().item() for p, b in zip(model.parameters(), before)])
+    assert all(p.dtype == torch.float32 for p in model.parameters()) and moved > 0.9
+    with skpo.autocast(c, model.device):
+        assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tiny):
+    model = copy.deepcopy(tiny[0])
+    rows = [r._replace(advantage=math.inf) for r in batch_of_rows(model, tiny[1])]
+    before = [p.clone() for p in model.parameters()]
+    log = skpo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), rows, config())
+    assert log["skipped"] == 1 and all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
+def test_no_signal_no_step(tiny):
+    model = copy.deepcopy(tiny[0])
+    rows = [r._replace(advantage=0.0) for r in batch_of_rows(model, tiny[1])]
+    before = [p.clone() for p in model.parameters()]
+    log = skpo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), rows, config())
+    assert log["tokens"] == 0 and all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
+# ---- One training step ----------------------------------------------------------------------------------------------
+
+def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
+    model, tokenizer = copy.deepcopy(warm[0]), warm[1]
+    c = config(prompts_per_step=4, minibatches=2)
+    problems = skpo.load_problems("sums")[:8]
+    prompts = [skpo.prompt_ids(tokenizer, p.question) for p in problems]
+    state = skpo.State(Tracker(8, 0.5), Tracker(8, c.init_length), {}, step=1)
+    calls, updates = [], []
+    generate, update = skpo.generate, skpo.update
+
+    def spy_generate(m, t, p, n, budget, temperature):
+        calls.append((p, n, budget, generate(m, t, p, n, budget, temperature)))
+        return calls[-1][-1]
+
+    def spy_update(m, o, rows, c):
+        updates.append(rows)
+        return update(m, o, rows, c)
+    monkeypatch.setattr(skpo, "generate", spy_generate)
+    monkeypatch.setattr(skpo, "update", spy_update)
+    row, reading = skpo.training_step(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4), problems, prompts, state, c)
+    (q, n1, stops, _), (x, n2, limit, responses) = calls
+    assert n1 == n2 == 8 and limit == c.max_new_tokens and all(1 <= t <= 5 for t in stops)
+    chosen = [prompts.index(p) for p in q]
+    assert len(set(chosen)) == 4
+    rewards = torch.tensor([[1.0 if skpo.is_correct(tokenizer.decode(o.tokens, skip_special_tokens=True), problems[i].answer) else -1.0
+                             for o in g] for i, g in zip(chosen, responses)])
+    assert np.isclose(row["reward"], rewards.mean()) and row["mc_value"] == row["reward"]
+    for b, i in enumerate(chosen):
+        segment = state.kept[i].tokens
+        assert x[b] == segment + q[b] and 1 <= len(segment) <= stops[b]
+        assert np.isclose(state.values.value[i], (rewards[b].mean() + 1) / 2) and state.values.count[i] == 1
+        assert np.isclose(state.lengths.value[i], np.mean([len(o.tokens) for o in responses[b]]))
+    assert [len(u) for u in updates] == [18, 18]  # 2 prompts x 8 responses, and 2 segments
+    ups = [r for u in updates for r in u if r.upstream]
+    A = rewards.mean(1).numpy()  # the baseline of an unseen prompt is 0
+    assert np.allclose([r.advantage for r in ups], (A - A.mean()) / A.std(), atol=1e-5)
+    assert [r.prompt for r in ups] == q and [r.prompt for r in updates[0] if not r.upstream] == [x[0]] * 8 + [x[1]] * 8
+    for u in updates:  # the weights of a mini-batch: 1 over each phase
+        for phase in (True, False):
+            assert np.isclose(sum(r.weight * len(r.sample.tokens) for r in u if r.upstream == phase), 1)
+    assert reading[0]["prompt"].startswith(reading[0]["segment"]) and len(reading[0]["responses"]) == 8
+    assert row["tokens"] == sum(len(s.tokens) for call in calls for g in call[-1] for s in g)
+
+
+def test_grpo_samples_from_the_prompt_alone(warm, tmp_path):
+    out = skpo.train(config(tmp_path, algo="grpo", steps=2, eval_every=0, save_every=0))
+    rows = rows_of(out)
+    assert len(rows) == 2 and rows[0]["segment_tokens"] == 0
+    sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["segment"] == "" and sample["prompt"] == sample["question"] + "="
