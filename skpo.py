@@ -116,6 +116,8 @@ def check_config(c):
         raise UserError(f"the trackers need 0 <= --rho_min {c.rho_min:g} <= --rho_max {c.rho_max:g} <= 1")
     if c.clip_low >= 1:
         raise UserError(f"--clip_low must be below 1, not {c.clip_low:g}")
+    if c.model == "embedded" and (c.data or c.eval_data):
+        raise UserError("the embedded model reads nothing but its own problems: name a --model for --data and --eval_data")
     if c.steps and not c.temperature:
         raise UserError("--temperature 0 is greedy: good for evaluation (--steps 0), but nothing can be learned from it")
     for name in ("algo", "template", "dtype"):
@@ -284,8 +286,8 @@ def members(text):
         return "", pieces(text[2:-2], ",")
     if len(listed) > 1 and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*(\\?%)?", text):
         return "", listed
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(inner) > 1 == len(listed):
-        return text[0] + text[-1], inner
+    if text[:1] in ("(", "[", "{") and text[-1:] in (")", "]", "}") and len(inner) > 1 == len(listed):
+        return "" if text[0] == "{" else text[0] + text[-1], inner
     return ("", [text.replace(r"\pm", sign) for sign in "+-"]) if r"\pm" in text else (None, [text])
 
 
@@ -369,6 +371,8 @@ def latex_value(text, point=0):
     def product():
         value = raised()
         while tokens and tokens[-1] not in ("+", "-", ")", "]", "}", "|"):
+            if tokens[-1][0].isdecimal():
+                raise ValueError("two numbers in a row")
             value = value * (power(raised(), Fraction(-1)) if take("/") else raised() if take(r"\times") else raised())
         return value
 
@@ -751,15 +755,19 @@ class Row(NamedTuple):
 def micro_batches(prompts, responses, limit):
     """Cuts N rows (lists of ids) into forward passes of at most `limit` tokens, padding and shared prompts counted (a row
     longer than that goes alone). Rows of like length together, within a factor of sqrt 2, and among those the rows of one
-    prompt. Yields lists of row indices."""
-    keys = [tuple(p) for p in prompts]
-    batch, width, shared = [], 0, {}
+    prompt; a row that would cost an eighth of a pass in padding opens the next. Yields lists of row indices."""
+    keys, batch, cost = [tuple(p) for p in prompts], [], 0
     for i in sorted(range(len(keys)), key=lambda i: (round(2 * math.log2(len(responses[i]))), keys[i])):
-        width, shared = max(width, len(responses[i])), shared | {keys[i]: len(keys[i])}
-        if batch and (len(batch) + 1) * width + len(shared) * max(shared.values()) > limit:
-            yield batch
-            batch, width, shared = [], len(responses[i]), {keys[i]: len(keys[i])}
-        batch = batch + [i]
+        if batch:
+            width, distinct = max(width, len(responses[i])), distinct | {keys[i]}
+            depth = max(depth, len(keys[i]))
+            total = (len(batch) + 1) * width + len(distinct) * depth
+        if not batch or total > limit or total - cost - len(responses[i]) - len(keys[i]) > limit / 8:
+            if batch:
+                yield batch
+            batch, width, distinct, depth = [], len(responses[i]), {keys[i]}, len(keys[i])
+            total = width + depth
+        batch, cost = batch + [i], total
     if batch:
         yield batch
 
@@ -936,15 +944,17 @@ STOP = []  # signals received: the step in progress is finished, a checkpoint wr
 def open_run(config):
     """The run's folder, made and proved writable before anything is computed. A folder with a run in it is left alone
     unless that run is resumed."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.algo}-{Path(config.model).name}"
-    out = Path(config.out or next(p for i in range(1000) if not (p := Path("runs") / (name + f"-{i}" * (i > 0))).exists()))
+    name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.algo}-{Path(config.model).name}"
+    out = Path(config.out or next(p for i in range(1000) if not Path(p := name + f"-{i}" * (i > 0)).exists()))
     if config.resume and not (config.out and (out / "checkpoint.pt").is_file()):
-        raise UserError(f"--resume: no checkpoint in {out}" if config.out else "--resume needs --out, the folder of the run")
+        raise UserError(f"--resume: no checkpoint in {out}; start anew with another --out" if config.out else
+                        "--resume needs --out, the folder of the run")
     if not config.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl", "checkpoint.pt", "model")):
         raise UserError(f"{out} already holds a run: choose another --out, or continue that one with --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        (out / ".probe").write_text("writable\n")
+        (out / ".probe").unlink()
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
     return out
@@ -997,7 +1007,7 @@ def load_data(config, model, tokenizer):
     """(training problems, their prompts' ids, {name: evaluation problems}). Too-long prompts are dropped, aloud."""
     c = config
     problems = load_problems(c.data or getattr(model.config, "problems", "arithmetic"))
-    tests = {Path(f).stem: load_problems(f) for f in c.eval_data.split(",") if f}
+    tests = {Path(f).stem: load_problems(f) for f in c.eval_data.split(",") if f}  # by name
     if not tests and not c.steps:
         tests = {"data": problems}
     elif not tests and c.eval_every:
@@ -1025,17 +1035,25 @@ def train(config):
     """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that."""
     c = config
     check_config(c)
-    for f in filter(None, [c.data, *c.eval_data.split(",")]):
-        load_problems(f)  # a broken file is found before a model is loaded
+    for f in filter(None, [c.data, *c.eval_data.split(",")]):  # a broken file is found before a model is loaded
+        if len(load_problems(f)) < c.prompts_per_step and c.steps and f == c.data:
+            raise UserError(f"{f} holds fewer problems than --prompts_per_step {c.prompts_per_step}: lower that")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     out = open_run(c)
-    model, tokenizer = load_model(c)
-    problems, prompts, tests = load_data(c, model, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay)
-    state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
-    if c.resume:
-        load_checkpoint(out, model, optimizer, state)
+    try:
+        model, tokenizer = load_model(c)
+        problems, prompts, tests = load_data(c, model, tokenizer)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay)
+        state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
+        if c.resume:
+            load_checkpoint(out, model, optimizer, state)
+    except UserError:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
+    if not c.resume:
+        (out / "config.json").write_text(json.dumps(asdict(c), indent=1) + "\n")
     print(f"model     {c.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, on {model.device}\n"
           f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}\n"
           f"plan      {c.algo}, steps {state.step + 1} to {c.steps}, {c.prompts_per_step} prompts x {c.group_size} responses "
@@ -1094,6 +1112,8 @@ def summarise(out, reading):
         for response in reading[0]["responses"][:4]:
             print(f"response  {cut(response['text'])}   reward {response['reward']:+.0f}")
     rewards = np.array([r["reward"] for r in rows if "reward" in r])
+    if all(r.get("zero_advantage", 1) == 1 for r in rows):
+        print("\nNothing was learned: in every group all rewards were alike. Take easier problems, or a stronger model.")
     curve = [float(part.mean()) for part in np.array_split(rewards, min(60, len(rewards)))]
     low, high = min(curve), max(curve)
     print(f"\nreward    {''.join('▁▂▃▄▅▆▇█'[int(7.99 * (v - low) / (high - low or 1))] for v in curve)}  {curve[0]:+.2f} to {curve[-1]:+.2f}")
@@ -1117,7 +1137,8 @@ def parse_config(argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1, 0.5)
         raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
     if first.resume and first.out and (Path(first.out) / "config.json").is_file():
-        parser.set_defaults(**json.loads((Path(first.out) / "config.json").read_text()) | dict(resume=True))
+        saved = json.loads((Path(first.out) / "config.json").read_text())
+        parser.set_defaults(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved} | dict(resume=True))
     elif first.model == "embedded":
         parser.set_defaults(**EMBEDDED)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]

@@ -48,11 +48,6 @@ def rows_of(path, key=None):
     return [r for r in rows if key is None or key in r]
 
 
-def run(*arguments, timeout=60, **kwargs):
-    return subprocess.run([sys.executable, str(HERE / "skpo.py"), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=timeout, **kwargs)
-
-
 # ---- Config ---------------------------------------------------------------------------------------------------------
 
 def test_defaults_are_the_papers():
@@ -99,14 +94,14 @@ EQUAL = r"""5|5.0;1,000|1000;12{,}345|12345;10\,000|10000;007|7;+5|5;5|−5 - -1
 \frac12|\frac{1}{2};\dfrac{1}{2}|0.5;\tfrac12|1/2;2\frac{1}{2}|5/2;2 1/2|2.5;-2\frac12|-2.5;\frac{-3}{4}|-\frac34;0.333333|1/3
 50\%|50;50\%|0.5;\$18|18;\$1,234.50|1234.5;45^\circ|45;45^{\circ}|45;45°|45 degrees;5\text{ cm}|5;5\text{ cm}^2|5;12 inches|12
 \sqrt{8}|2\sqrt{2};\sqrt2|\sqrt{2};\sqrt[3]{27}|3;(-8)^2|64;2^{10}|1024;\pi/2|\frac{\pi}{2};2\pi|\pi\cdot 2;\infty|infinity;5!|120
--\infty|-∞;x=5|5;f(x)=2x|2x;y=2x+1|1+2x;(1,2)|( 1, 2 );\left(\frac12, 3\right)|(0.5,3);\{1,2,3\}|\{3,2,1\};1,2|2, 1;[0,1)|[0, 1)
+-\infty|-∞;x=5|5;f(x)=2x|2x;y=2x+1|1+2x;(1,2)|( 1, 2 );\left(\frac12, 3\right)|(0.5,3);\{1,2,3\}|\{3,2,1\};\{1,2\}|{2,1};1,2|2, 1;[0,1)|[0, 1)
 (-\infty, 3]|(-\infty,3];(0,1)\cup(2,3)|(2,3)\cup(0,1);(x+1)^2|x^2+2x+1;(x+1)(x-1)|x^2-1;\frac{1}{2}x|x/2;3\pm\sqrt2|3-\sqrt2, 3+\sqrt2
 \text{(C)}|C;(C)|C;\textbf{(C)}|C;\text{Yes}|yes;east|East;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3};e^{i\pi}|-1;\log_2 8|3;\binom{5}{2}|10
 \sin^2 x+\cos^2 x|1;1.41421356|\sqrt{2};x \in [1,2]|[1,2];1{,}000{,}000|10^6;\sqrt{x^2+1}|(x^2+1)^{1/2};10^{-3}|0.001;3 \text{ and } 5|5, 3
 \sqrt[3]{-8}|-2;2^{-1}|\frac12;|-5|+1|6;27.0|27;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4}"""
 DIFFERENT = r"""5|6;0.33|1/3;1.414|\sqrt2;(1,2)|(2,1);(0,1)|[0,1];[0,1)|[0,1];1|-1;x|y;x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\}
 \{1,2\}|\{1,2,3\};\{1,1\}|\{1,2\};\sqrt{x^2}|x;100!|99!;10^{100}|10^{100}+1;2^{100}|2^{100}+1;9^{9^{9^9}}|1;1/0|1/0+1;1000|1,001;(1,2)|12
-12|1,2;[1,2]|\{1,2\};\frac{0}{0}|0;i|-i;\sin x|\cos x;50\%|5;x=5|6;99999999!|1;0.1|0.10001;\frac13|0.3333"""
+12|1,2;[1,2]|\{1,2\};\frac{0}{0}|0;i|-i;\sin x|\cos x;50\%|5;x=5|6;99999999!|1;0.1|0.10001;1 000|0;2 3|6;\frac13|0.3333"""
 
 
 @pytest.mark.parametrize("table, verdict", [(EQUAL, True), (DIFFERENT, False)])
@@ -553,9 +548,204 @@ def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
     assert row["tokens"] == sum(len(s.tokens) for call in calls for g in call[-1] for s in g)
 
 
-def test_grpo_samples_from_the_prompt_alone(warm, tmp_path):
+def test_grpo_samples_from_the_prompt_alone(quick, tmp_path):
     out = skpo.train(config(tmp_path, algo="grpo", steps=2, eval_every=0, save_every=0))
     rows = rows_of(out)
     assert len(rows) == 2 and rows[0]["segment_tokens"] == 0
     sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
     assert sample["segment"] == "" and sample["prompt"] == sample["question"] + "="
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+SMALL = dict(steps=6, prompts_per_step=8, eval_samples=1, eval_every=3, save_every=1)
+TIMINGS = ("seconds", "rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_gb")
+
+
+@pytest.fixture(scope="session")
+def folder(warm, tmp_path_factory):
+    """The warmed-up model as a transformers folder: a run in a process of its own starts at once."""
+    path = tmp_path_factory.mktemp("model")
+    warm[0].save_pretrained(path)
+    warm[1].save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def quick(warm, monkeypatch):
+    """Runs in this process take the warmed-up model instead of making it anew."""
+    monkeypatch.setattr(skpo, "embedded_model", lambda *a, **k: (copy.deepcopy(warm[0]), warm[1]))
+    monkeypatch.setattr(skpo, "STOP", [])
+
+
+def flags(folder, out, **kwargs):
+    """The command line of a small run of the warmed-up model."""
+    return [f"--{k}={v}" for k, v in {**skpo.EMBEDDED, **SMALL, "model": folder, "out": out, **kwargs}.items()]
+
+
+def untimed(rows):
+    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in rows]
+
+
+def test_the_default_run_learns(quick, tmp_path, capsys):
+    """A shortened default command: accuracy up by a third at least, files complete, the screen as described."""
+    out = skpo.train(config(tmp_path, steps=40, eval_every=40))
+    scores, rows = rows_of(out, "accuracy"), rows_of(out, "reward")
+    scores = [r for r in scores if "data" in r]
+    assert scores[0]["step"] == 0 and scores[-1]["step"] == 40
+    assert scores[0]["accuracy"] < 0.45 and scores[-1]["accuracy"] > scores[0]["accuracy"] + 0.33
+    assert [r["step"] for r in rows] == list(range(1, 41))
+    for key in ("mc_value", "zero_advantage", "segment_tokens", "response_tokens", "truncated", "clip_fraction", "ratio", "grad_norm",
+                "lr", "tokens", *TIMINGS):
+        assert all(math.isfinite(r[key]) for r in rows), key
+    assert np.isclose(rows[0]["lr"], 3e-5) and np.isclose(rows[9]["lr"], 3e-4) and rows[-1]["lr"] == 3e-4  # warm-up
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 80
+    screen = capsys.readouterr().out
+    for words in ("held-out 256", "before", "after", "segment", "reward  ", "model/"):
+        assert words in screen
+    model, tokenizer = skpo.load_model(Config(model=str(out / "model")))  # an ordinary transformers folder
+    again = skpo.evaluate(model, tokenizer, skpo.load_data(config(), model, tokenizer)[2]["held-out"], config())
+    assert again["accuracy"] == scores[-1]["accuracy"]
+
+
+def test_the_same_seed_gives_the_same_numbers(quick, tmp_path):
+    a, b, c = (skpo.train(config(tmp_path / str(i), steps=2, eval_every=2, eval_samples=1, seed=s)) for i, s in enumerate((5, 5, 6)))
+    assert untimed(rows_of(a)) == untimed(rows_of(b)) != untimed(rows_of(c))
+
+
+def test_evaluation_alone_changes_nothing(quick, tmp_path):
+    out = skpo.train(config(tmp_path, steps=0, eval_samples=1))
+    assert [r["step"] for r in rows_of(out)] == [0] and not (out / "model").exists()
+
+
+def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
+    """kill -9 at three moments, one of them inside a save; the rows are those of a run that was left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    skpo.main(flags(folder, whole))
+    slow = ("import os, sys, time; sys.argv[0] = 'skpo.py'; sys.path.insert(0, sys.argv.pop(1)); import skpo, torch; save = torch.save\n"
+            "def slow_save(data, file):\n    save(data, file); print('SAVING', data['step'], flush=True); time.sleep(float(os.environ['PAUSE']))\n"
+            "torch.save = slow_save; skpo.main()")
+    rng = random.Random(0)
+    for attempt, (pause, at) in enumerate([(0.8, 2), (0, 3), (0, 5)]):
+        arguments = flags(folder, killed) if attempt == 0 else ["--resume", "--out", str(killed)]
+        process = subprocess.Popen([sys.executable, "-c", slow, str(HERE), *arguments], stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": str(pause)})
+        for line in process.stdout:
+            if line.startswith(f"SAVING {at}"):
+                time.sleep(0.2 if attempt == 0 else rng.random() * 0.3)  # the first one falls within the save
+                process.kill()
+                break
+        process.wait()
+        assert process.returncode == -9 and (killed / "checkpoint.pt").exists()
+        assert attempt or (killed / "checkpoint.tmp").exists()  # caught in the act
+    with open(killed / "metrics.jsonl", "a") as f:
+        f.write('{"step": 99, "torn')  # as a kill within a write would leave it
+    skpo.main(["--resume", "--out", str(killed)])
+    assert untimed(rows_of(killed)) == untimed(rows_of(whole))
+    assert (killed / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "skpo.py"), *flags(folder, tmp_path / "r", steps=500, save_every=0)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    1  reward"):
+            process.send_signal(2)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume --out {tmp_path / 'r'}" in out and "Traceback" not in err
+    step = rows_of(tmp_path / "r", "reward")[-1]["step"]
+    skpo.main(["--resume", "--out", str(tmp_path / "r"), "--steps", str(step + 1)])
+    assert [r["step"] for r in rows_of(tmp_path / "r", "reward")] == list(range(1, step + 2))
+
+
+def test_a_full_disk_costs_no_older_checkpoint(quick, tmp_path, monkeypatch):
+    out = skpo.train(config(tmp_path, steps=1, prompts_per_step=8, eval_every=0, save_every=1))
+    before = (out / "checkpoint.pt").read_bytes()
+
+    def full(data, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter failed writing file: No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(skpo.UserError, match="cannot save a checkpoint.*untouched"):
+        skpo.train(replace(config(tmp_path, steps=2, prompts_per_step=8, eval_every=0, save_every=1), resume=True))
+    assert (out / "checkpoint.pt").read_bytes() == before and not (out / "checkpoint.tmp").exists()
+
+
+def test_a_run_without_finite_gradients_stops(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(skpo, "downstream_loss", lambda logprobs, *a: logprobs.sum() * math.nan)
+    with pytest.raises(skpo.UserError, match="not finite in 3 steps in a row"):
+        skpo.train(config(tmp_path, steps=9, prompts_per_step=8, eval_every=0))
+    rows = rows_of(tmp_path / "run")
+    assert [r["skipped"] for r in rows] == [4, 4, 4]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Data files, right and wrong, and a folder that holds a run."""
+    good = '{"question": "1", "answer": "1"}\n'
+    for name, text in dict(good=good * 4, empty="", broken=good + "{oops\n", noanswer='{"question": "1"}\n', list="[1]\n",
+                           noquestion='{"answer": "1"}\n', blank=" \n\n").items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("precious")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "emptymodel").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--model ./nowhere", "no model folder ./nowhere"), ("--model a/b/c", "no model folder a/b/c"),
+    ("--model {}/emptymodel", "cannot load --model"), ("--model x --data {}/none.jsonl", "cannot read"),
+    ("--model x --data {}/empty.jsonl", "no problems"), ("--model x --data {}/blank.jsonl", "no problems"),
+    ("--model x --data {}/broken.jsonl", "line 2: not JSON"), ("--model x --data {}/noanswer.jsonl", "line 1: no text or number"),
+    ("--model x --data {}/noquestion.jsonl", "line 1: no text in"), ("--model x --data {}/list.jsonl", "line 1: not an object"),
+    ("--model x --data {}/binary.jsonl", "not text"), ("--model x --data {}", "cannot read"),
+    ("--model x --data {}/good.jsonl", "fewer problems than --prompts_per_step 128"),
+    ("--data {}/good.jsonl", "name a --model"), ("--model x --eval_data {}/good.jsonl,{}/none.jsonl", "cannot read"),
+    ("--group_size 1", "--group_size must be 2 or more"), ("--prompts_per_step 0", "--prompts_per_step must be above 0"),
+    ("--lr -1", "--lr must be above 0"), ("--lr nan", "--lr must be above 0"), ("--steps -1", "--steps must be 0 or more"),
+    ("--minibatches 5", "does not divide"), ("--split_low 0.6", "--split_low 0.6 <= --split_high 0.5"),
+    ("--rho_min 0.99", "--rho_min 0.99"), ("--temperature 0", "greedy"), ("--group_sze 4", "did you mean --group_size?"),
+    ("--tempreature=1", "did you mean --temperature?"), ("--zzz 4", "--help lists the flags"), ("--lr fast", "invalid float value"),
+    ("--algo ppo", "invalid choice"), ("--device warp", "--device warp"), ("hello", "there is no hello"),
+    ("--resume", "needs --out"), ("--resume --out {}/new", "no checkpoint"), ("--resume --out {}/run", "no checkpoint"),
+    ("--out {}/run", "already holds a run"), ("--out {}/file", "cannot write"), ("--out {}/file/below", "cannot write"),
+])
+def test_a_mistake_gets_one_line(files, capsys, arguments, words):
+    before = {p: p.read_bytes() for p in files.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        skpo.main(arguments.replace("{}", str(files)).split() + ([] if "--out" in arguments or "--resume" in arguments else
+                                                                 ["--out", str(files / "fresh")]))
+    message = str(stop.value.code)
+    assert message.startswith("skpo.py: ") and words in message and "\n" not in message
+    assert {p: p.read_bytes() for p in files.rglob("*") if p.is_file()} == before and not (files / "fresh").exists()
+
+
+def test_the_command_line_exits_without_a_traceback(files):
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(HERE / "skpo.py"), "--model", "nobody/nothing-at-all-7b", "--out", str(files / "x")],
+                          capture_output=True, text=True, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.returncode == 1 and done.stderr.startswith("skpo.py: no folder nobody/nothing-at-all-7b") and done.stderr.count("\n") == 1
+    assert time.perf_counter() - start < 40  # most of it imports
+    with pytest.raises(SystemExit) as stop:
+        skpo.main(["--help"])
+    assert stop.value.code == 0
+
+
+def test_unsafe_or_broken_model_folders_are_refused(warm, tmp_path):
+    folder = tmp_path / "m"
+    warm[0].save_pretrained(folder)
+    warm[1].save_pretrained(folder)
+    assert skpo.load_model(Config(model=str(folder)))[0].dtype == torch.float32
+    broken = copy.deepcopy(warm[0])
+    with torch.no_grad():
+        broken.model.norm.weight[0] = math.nan
+    broken.save_pretrained(folder)
+    with pytest.raises(skpo.UserError, match="not finite"):
+        skpo.load_model(Config(model=str(folder)))
+    (folder / "model.safetensors").unlink()
+    torch.save(warm[0].state_dict(), folder / "pytorch_model.bin")  # a pickle
+    with pytest.raises(skpo.UserError, match="cannot load"):
+        skpo.load_model(Config(model=str(folder)))
