@@ -21,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -47,6 +48,11 @@ class UserError(Exception):
     """A mistake that its maker can mend: shown as one line, without a traceback."""
 
 
+def brief(error):
+    """An exception's message on one line."""
+    return " ".join(str(error).split())[:250] or type(error).__name__
+
+
 # ---- Config: the paper's Appendix C, a knob a line ------------------------------------------------------------------
 
 @dataclass
@@ -71,7 +77,7 @@ class Config:
     clip_low: float = HfArg(default=0.2, help="ratio clipped at 1 - this; upstream also at 1 + this")
     clip_high: float = HfArg(default=0.28, help="ratio clipped at 1 + this downstream (Clip-Higher)")
     w_up: float = HfArg(default=0.5, help="weight of the upstream loss")
-    w_down: float = HfArg(default=0.5, help="weight of the downstream loss")
+    w_down: float = HfArg(default=0.5, help="weight of the downstream loss; 1 with grpo")
     split_low: float = HfArg(default=1 / 6, help="t_q is drawn between split_low * L_q ...")
     split_high: float = HfArg(default=1 / 2, help="... and split_high * L_q")
     init_length: float = HfArg(default=1024, help="L_q of a prompt not seen yet, tokens")
@@ -83,6 +89,8 @@ class Config:
                                               "none: the question exactly as it is")
     micro_tokens: int = HfArg(default=0, help="tokens in one forward pass of training, padding counted; 0: 16384 on a GPU, "
                              "1024 on a CPU")
+    cache_tokens: int = HfArg(default=0, help="tokens in the KV cache while sampling, prompts and budgets counted: more "
+                              "are sampled in turns; 0: all at once")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute; auto: bfloat16 on a GPU; "
                                                           "weights are float32 always")
     device: str = HfArg(default="", help="cpu, cuda, cuda:1, mps; '': cuda if there is one")
@@ -99,10 +107,10 @@ EMBEDDED = dict(steps=80, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_
 def check_config(c):
     """Every mistake that can be seen before a model is loaded. Raises UserError."""
     for name in ("prompts_per_step", "minibatches", "max_prompt_tokens", "max_new_tokens",
-                 "eval_samples", "init_length", "lr", "tau", "max_grad_norm"):
+                 "eval_samples", "init_length", "lr", "tau", "max_grad_norm", "explore_eps"):
         if not 0 < getattr(c, name) < math.inf:
             raise UserError(f"--{name} must be above 0, not {getattr(c, name)}")
-    for name in ("steps", "warmup_steps", "weight_decay", "eval_every", "save_every", "explore_eps", "temperature",
+    for name in ("steps", "warmup_steps", "weight_decay", "eval_every", "save_every", "temperature", "cache_tokens",
                  "micro_tokens", "w_up", "w_down", "clip_low", "clip_high", "seed"):
         if not 0 <= getattr(c, name) < math.inf:
             raise UserError(f"--{name} must be 0 or more, not {getattr(c, name)}")
@@ -127,7 +135,7 @@ def check_config(c):
     try:
         torch.empty(0, device=c.device or "cpu")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {c.device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {c.device}: {brief(error)}") from None
 
 
 # ---- Problems -------------------------------------------------------------------------------------------------------
@@ -165,9 +173,10 @@ def load_problems(source):
         question, answer = row.get("question", row.get("problem")), row.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f'{source}, line {number}: no text in "question" or "problem"')
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        reference = str(answer).rsplit("####", 1)[-1].strip()
+        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not reference:
             raise UserError(f'{source}, line {number}: no text or number in "answer"')
-        problems.append(Problem(question, str(answer).rsplit("####", 1)[-1].strip()))
+        problems.append(Problem(question.encode(errors="replace").decode(), reference))  # no lone surrogates
     if not problems:
         raise UserError(f"{source} holds no problems")
     return problems
@@ -203,8 +212,12 @@ MP = mpmath.MPContext()
 MP.dps = 60
 TOKEN = re.compile(r"\\[a-zA-Z]+|\d+\.?\d*|\.\d+|[a-zA-Z]|\S")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?", re.I)
+DECIMAL = re.compile(r"\.\d*[1-9]")  # 27.0 is an integer
 FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
              "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
+NAMED = re.compile(r"^\s*\\?[a-zA-Z](_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")  # x =, f(x) =, x in
+UNITS = re.compile(r"(?<=[\d}])\s*\b(?!to\b|\w*(?:hundred|thousand|illion))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|am|pm)"
+                   r"(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
 CONSTANTS = {r"\pi": MP.pi, r"\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}
 UNIFY = [(re.compile(pattern), new) for pattern, new in [
     (r"[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×|·", r"\\times "), ("÷", "/"),
@@ -246,7 +259,7 @@ def same_answer(a, b):
     if a == b or max(len(a), len(b)) > 1000:
         return a == b != ""
     if NUMBER.fullmatch(a) and NUMBER.fullmatch(b):
-        return close(Fraction(a), Fraction(b), "." in a + b)
+        return close(Fraction(a), Fraction(b), bool(DECIMAL.search(a + " " + b)))
     try:
         return same_value(tidy(a), tidy(b))
     except (ValueError, ArithmeticError, TypeError, RecursionError, IndexError, MemoryError, NotImplementedError):
@@ -259,8 +272,7 @@ def tidy(text):
         text = pattern.sub(new, text)
     bare = WRAP.sub("", text)
     text = bare if re.search(r"\w", bare) else WRAP.sub(r"\1", text)  # beside a value, text is a unit
-    text = re.sub(r"(?<=[\d}])\s+(?!to\b)[a-zA-Z]{2,}[a-zA-Z. ]*(\^\s*\{?\d\}?)?$", "", text.strip().rstrip(".").strip())
-    text = re.sub(r"^\\?[a-zA-Z](_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*", "", text.strip())
+    text = UNITS.sub("", text.strip().rstrip(".").strip())
     return re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", text).strip()
 
 
@@ -293,6 +305,7 @@ def members(text):
 
 def same_value(a, b):
     """Whether two tidy answers are equal: the members of tuples, sets, ... one by one, words as words, the rest by value."""
+    a, b = (re.sub(r"_\{(\w+)\}|\s+(?![a-zA-Z\d])|(?<![a-zA-Z\d])\s+", lambda m: f"_{m[1]}" if m[1] else "", NAMED.sub("", t)) for t in (a, b))
     (kind, left), (other_kind, right) = members(a), members(b)
     if a == b or kind != other_kind or len(left) != len(right) or len(left) > 20:
         return a == b != ""
@@ -309,7 +322,7 @@ def same_value(a, b):
         return a.casefold().split() == b.casefold().split()
     percent = [text.endswith("%") for text in (a, b)]  # may stand for its number or its hundredth
     a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\s*\\?%$", "", text) for text in (a, b))
-    loose, points = "." in a + b, range(4 if re.search("[a-zA-Z]", a + b) else 1)
+    loose, points = bool(DECIMAL.search(a + " " + b)), range(4 if re.search("[a-zA-Z]", a + b) else 1)
     pairs = [(latex_value(a, point), latex_value(b, point)) for point in points]
     return any(all(close(u / (100 if percent[0] and cut else 1), v / (100 if percent[1] and cut else 1), loose) for u, v in pairs)
                for cut in {False, percent[0] != percent[1]})
@@ -323,11 +336,11 @@ def lift(x):
 def close(a, b, loose):
     """Equality of two numbers: to 1e-6 relative if loose (one side was a decimal); otherwise exact for Fractions, and to
     45 digits for the irrational."""
-    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        a, b = lift(a), lift(b)
-    finite = isinstance(a, Fraction) or MP.isfinite(a) and MP.isfinite(b)
-    return bool(a == b or finite and abs(a - b) <= (Fraction(1, 10**6) if loose else Fraction(1, 10**45)) * max(abs(a), abs(b))
-                and (loose or not isinstance(a, Fraction)))
+    if isinstance(a, Fraction) and isinstance(b, Fraction) and not loose:
+        return a == b
+    a, b = lift(a), lift(b)
+    limit = max(abs(a), abs(b)) * MP.mpf("1e-6") if loose else max(abs(a), abs(b), 1) * MP.mpf("1e-45")
+    return bool(a == b or MP.isfinite(a) and MP.isfinite(b) and abs(a - b) <= limit * (1 + MP.mpf("1e-20")))
 
 
 def power(a, b):
@@ -368,12 +381,13 @@ def latex_value(text, point=0):
             value = value + product()  # its sign is read with it
         return value
 
-    def product():
+    def product(argument=False):  # the argument of a function ends where the next function begins
         value = raised()
-        while tokens and tokens[-1] not in ("+", "-", ")", "]", "}", "|"):
+        while tokens and tokens[-1] not in ("+", "-", ")", "]", "}", "|") and not (argument and tokens[-1][1:] in FUNCTIONS):
             if tokens[-1][0].isdecimal():
                 raise ValueError("two numbers in a row")
-            value = value * (power(raised(), Fraction(-1)) if take("/") else raised() if take(r"\times") else raised())
+            inverse = take("/") or (take(r"\times") and "")
+            value = value * (power(raised(), Fraction(-1)) if inverse else raised())
         return value
 
     def raised():
@@ -388,7 +402,7 @@ def latex_value(text, point=0):
 
     def function(name):
         base, exponent = take("_") and atom(), take("^") and atom()
-        value = lift(atom() if tokens and tokens[-1] in ("(", "{", "[") else product())
+        value = lift(atom() if tokens and tokens[-1] in ("(", "{", "[") else product(argument=True))
         logarithm = name in ("ln", "log")
         if logarithm and not value or abs(value) > 1e6 and not logarithm:
             raise ValueError("out of range")
@@ -419,9 +433,8 @@ def latex_value(text, point=0):
         if token in CONSTANTS:
             return CONSTANTS[token] * MP.one
         if re.fullmatch(r"[a-zA-Z]|\\(alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)", token):
-            name = token + (str(atom()) if take("_") else "")
-            seed = sum((i + 1) * ord(ch) for i, ch in enumerate(name)) + 101 * point
-            return Fraction((-1) ** point * (seed * 37 % 89 + 3), seed * 53 % 61 + 7)
+            draw = random.Random(f"{token}{atom() if take('_') else ''} {point}")  # by name
+            return Fraction((-1) ** point * draw.randint(3, 91), draw.randint(7, 67))
         raise ValueError(f"unknown {token}")
 
     value = total()
@@ -433,7 +446,7 @@ def latex_value(text, point=0):
 # ---- Model and tokenizer --------------------------------------------------------------------------------------------
 
 HUB = {"qwen": "Qwen", "llama": "meta-llama", "smollm": "HuggingFaceTB", "gemma": "google", "mistral": "mistralai",
-       "ministral": "mistralai", "deepseek": "deepseek-ai", "phi": "microsoft", "olmo": "allenai", "granite": "ibm-granite"}
+       "deepseek": "deepseek-ai", "phi": "microsoft", "olmo": "allenai"}
 
 
 def load_model(config):
@@ -455,15 +468,15 @@ def load_model(config):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"cannot load --model {config.model} (looked for {source}): {reason}") from None
+        raise UserError(f"cannot load --model {config.model} (looked for {source}): {brief(error)}") from None
     model = model.eval().to(device)  # no dropout: pi at the update must be the pi that sampled
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise UserError(f"--model {config.model} holds weights that are not finite numbers")
     ids = torch.arange(4, device=device)[None]
     with torch.no_grad():
-        if not torch.allclose(model(ids).logits, output_logits(model, model.base_model(ids).last_hidden_state), atol=1e-3):
+        if not torch.allclose(model(ids).logits, model.get_output_embeddings()(model.base_model(ids).last_hidden_state), atol=1e-3):
             raise UserError(f"--model {config.model}: this architecture does more to its logits than one linear head")
+    model.generation_config = GenerationConfig(eos_token_id=eos_ids(model, tokenizer) or None)  # nothing else of it is used
     return model, tokenizer
 
 
@@ -476,8 +489,7 @@ def hub_unreachable(source):
     except Exception as error:  # offline, refused, gated, misspelt: the hub's client has many ways to say so
         if isinstance(try_to_load_from_cache(source, "config.json"), str):
             return True
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"no folder {source} here, and the hub did not give it ({reason})") from None
+        raise UserError(f"no folder {source} here, and the hub did not give it ({brief(error)})") from None
 
 
 def embedded_model(seed, steps=300, batch=64, slips=0.2):
@@ -529,11 +541,6 @@ def prepended_bos(tokenizer):
     return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
 
 
-def output_logits(model, hidden):
-    """[..., D] -> [..., V]"""
-    return model.get_output_embeddings()(hidden)
-
-
 # ---- Rollouts and log-probs. Both compute a prompt's keys and values once and share them among its rows. ------------
 
 @dataclass
@@ -568,16 +575,21 @@ def pad(sequences, left=False, value=0):
     fill = [width - len(s) for s in sequences]
     ids = [[value] * f + list(s) if left else list(s) + [value] * f for s, f in zip(sequences, fill)]
     mask = [[0] * f + [1] * len(s) if left else [1] * len(s) + [0] * f for s, f in zip(sequences, fill)]
-    return torch.tensor(ids), torch.tensor(mask)
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
+def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cache_tokens=0):
     """n samples for each prompt (token-id lists of any lengths), straight from softmax(logits / temperature);
     temperature 0 is greedy. max_new_tokens: an int, or one per prompt. Returns [P][n] Samples.
-    Of the model's generation_config only the EOS ids count: its top_k, penalties, ... would leave pi."""
-    eos = eos_ids(model, tokenizer)
+    Of the model's generation_config only the EOS ids count: its top_k, penalties, ... would leave pi.
+    With cache_tokens, prompts whose keys and values could exceed that many tokens are sampled in turns."""
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if cache_tokens and len(prompts) > 1 and n * (max(map(len, prompts)) + max(budgets)) * len(prompts) > cache_tokens:
+        half = len(prompts) // 2
+        return [group for part in (slice(half), slice(half, None)) for group in
+                generate(model, tokenizer, prompts[part], n, budgets[part], temperature, cache_tokens)]
+    eos = eos_ids(model, tokenizer)
     samples = [Sample([], [], False) for _ in range(len(prompts) * n)]
     ids, mask = (x.to(model.device) for x in pad(prompts, left=True))  # [P, T]
     cache = DynamicCache(config=model.config)
@@ -586,32 +598,32 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
                          past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(n)  # P -> P * n rows
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # [P * n, T]
-    rows = [i for i in range(len(samples)) if budgets[i // n] > 0]
-    keep = torch.tensor(rows, device=ids.device, dtype=torch.long)
-    own = model.generation_config
+    rows, own = [i for i in range(len(samples)) if budgets[i // n] > 0], model.generation_config
+    staying = rows  # indices into ids, mask and cache
     try:
         while rows:
-            if len(rows) < len(ids):  # some have left
-                ids, mask = ids[keep], mask[keep]
-                cache.batch_select_indices(keep)
-            left = sorted(budgets[r // n] - len(samples[r].tokens) for r in rows)
-            chunk = min(CHUNK, left[len(left) // 8])  # until an eighth have spent their budgets
+            if len(rows) < len(ids):  # the others leave the batch and the cache
+                staying = torch.tensor(staying, device=ids.device)
+                ids, mask = ids[staying], mask[staying]
+                cache.batch_select_indices(staying)
+            room = [budgets[r // n] - len(samples[r].tokens) for r in rows]
             model.generation_config = GenerationConfig(
-                max_new_tokens=chunk, do_sample=temperature > 0, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=min(CHUNK, sorted(room)[len(room) // 8]),  # until an eighth have spent their budgets
+                do_sample=temperature > 0, temperature=1.0, top_k=0 if temperature else None, top_p=1.0,
                 eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
             recorder = Recorder(temperature)
             ids = model.generate(ids, attention_mask=mask, past_key_values=cache, logits_processor=[recorder])
-            recorder.keep(ids)
+            recorder.keep(ids)  # the last draw
             drawn = len(recorder.kept)
-            mask = torch.cat([mask, mask.new_ones(len(mask), drawn)], 1)
-            alive = []
-            for j, (r, tokens, logprobs) in enumerate(zip(rows, ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist())):
-                s, left = samples[r], budgets[r // n] - len(samples[r].tokens)
-                end = next((t + 1 for t, token in enumerate(tokens[:left]) if token in eos), min(left, drawn))
+            mask = torch.cat([mask, mask.new_ones(len(mask), drawn)], 1)  # [N, T + drawn]
+            old_rows, rows, staying = rows, [], []
+            for j, (tokens, logprobs) in enumerate(zip(ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist())):
+                s = samples[old_rows[j]]
+                end = next((t + 1 for t, token in enumerate(tokens[:room[j]]) if token in eos), min(room[j], drawn))
                 s.tokens, s.logprobs, s.finished = s.tokens + tokens[:end], s.logprobs + logprobs[:end], tokens[end - 1] in eos
-                if not s.finished and end < left:
-                    alive.append(j)
-            rows, keep = [rows[j] for j in alive], torch.tensor(alive, device=ids.device, dtype=torch.long)
+                if not s.finished and end < room[j]:
+                    rows.append(old_rows[j])
+                    staying.append(j)
     finally:
         model.generation_config = own
     return [samples[i:i + n] for i in range(0, len(samples), n)]
@@ -636,7 +648,7 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     hidden = model.base_model(ids, attention_mask=torch.cat([before, mask], 1), position_ids=positions,
                               past_key_values=cache, use_cache=True).last_hidden_state  # [N, T, D]
     mask = mask.bool()
-    packed = chunked_logprobs(lambda h: output_logits(model, h), hidden[mask], pad(responses)[0].to(device)[mask], temperature)
+    packed = chunked_logprobs(model.get_output_embeddings(), hidden[mask], pad(responses)[0].to(device)[mask], temperature)
     return packed.new_zeros(mask.shape).masked_scatter(mask, packed), mask
 
 
@@ -657,7 +669,8 @@ def split_position(length, rng, low=1 / 6, high=1 / 2):
 
 
 def cut_segment(sample):
-    """A segment that ended before its pause is cut to half of its length, EOS not counted, at least 1 token."""
+    """A segment that ended before its pause is cut to half of its length, EOS not counted, at least 1 token (which is
+    the EOS itself if nothing else was sampled)."""
     half = max(1, (len(sample.tokens) - 1) // 2)
     return Sample(sample.tokens[:half], sample.logprobs[:half], False) if sample.finished else sample
 
@@ -756,18 +769,17 @@ def micro_batches(prompts, responses, limit):
     """Cuts N rows (lists of ids) into forward passes of at most `limit` tokens, padding and shared prompts counted (a row
     longer than that goes alone). Rows of like length together, within a factor of sqrt 2, and among those the rows of one
     prompt; a row that would cost an eighth of a pass in padding opens the next. Yields lists of row indices."""
-    keys, batch, cost = [tuple(p) for p in prompts], [], 0
-    for i in sorted(range(len(keys)), key=lambda i: (round(2 * math.log2(len(responses[i]))), keys[i])):
-        if batch:
-            width, distinct = max(width, len(responses[i])), distinct | {keys[i]}
-            depth = max(depth, len(keys[i]))
-            total = (len(batch) + 1) * width + len(distinct) * depth
-        if not batch or total > limit or total - cost - len(responses[i]) - len(keys[i]) > limit / 8:
-            if batch:
-                yield batch
-            batch, width, distinct, depth = [], len(responses[i]), {keys[i]}, len(keys[i])
-            total = width + depth
-        batch, cost = batch + [i], total
+    first = {}
+    owner = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]  # [N], the first row of the same prompt
+
+    def cost(rows):
+        return len(rows) * max(len(responses[i]) for i in rows) + len({owner[i] for i in rows}) * max(len(prompts[i]) for i in rows)
+    batch = []
+    for i in sorted(range(len(owner)), key=lambda i: (round(2 * math.log2(len(responses[i]))), owner[i])):
+        if batch and (cost(batch + [i]) > limit or cost(batch + [i]) - cost(batch) - cost([i]) > limit / 8):
+            yield batch
+            batch = []
+        batch.append(i)
     if batch:
         yield batch
 
@@ -775,16 +787,16 @@ def micro_batches(prompts, responses, limit):
 def update(model, optimizer, rows, config):
     """One optimiser step on the rows of a mini-batch (step 9). Rows without an advantage add nothing to the gradient:
     they count in the weights of the others, and are not run. Returns sums for the log."""
-    log = Counter()
-    rows = [r for r in rows if r.advantage]
+    log, rows = Counter(), [r for r in rows if r.advantage]
+    w_down = config.w_down if config.algo == "skpo" else 1.0
     for indices in micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], pass_tokens(config, model)):
         batch = [rows[i] for i in indices]
         with autocast(config, model.device):
             logprobs, mask = response_logprobs(model, [r.prompt for r in batch], [r.sample.tokens for r in batch], config.temperature)
-        old = torch.zeros_like(logprobs).masked_scatter(mask, logprobs.new_tensor([p for r in batch for p in r.sample.logprobs]))
+        old = torch.zeros_like(logprobs).masked_scatter(  # [N, T], 0 where padded
+            mask, logprobs.new_tensor([p for r in batch for p in r.sample.logprobs]))
         A, weight = logprobs.new_tensor([r.advantage for r in batch]), logprobs.new_tensor([r.weight for r in batch])
         up = torch.tensor([r.upstream for r in batch], device=mask.device)  # [N]
-        w_down = config.w_down if config.algo == "skpo" else 1.0
         loss = config.w_up * upstream_loss(logprobs, old, A, mask & up[:, None], weight, config.clip_low, config.clip_low) \
             + w_down * downstream_loss(logprobs, old, A, mask & ~up[:, None], weight, config.clip_low, config.clip_high)
         loss.backward()
@@ -797,8 +809,7 @@ def update(model, optimizer, rows, config):
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    log.update(grad_norm=norm if math.isfinite(norm) else 0, skipped=not math.isfinite(norm), updates=1)
-    return log
+    return log + Counter(grad_norm=norm if math.isfinite(norm) else 0, skipped=not math.isfinite(norm), updates=1)
 
 
 def pass_tokens(config, model):
@@ -826,25 +837,25 @@ class State:
 def training_step(model, tokenizer, optimizer, problems, prompts, state, config):
     """Steps 1 to 11 on B prompts. Returns the row for metrics.jsonl and a few rollouts to read."""
     c, B, G = config, config.prompts_per_step, config.group_size
-    rng = seed_everything(c.seed, state.step)
+    rng, bos = seed_everything(c.seed, state.step), prepended_bos(tokenizer)
     start = time.perf_counter()
     with autocast(c, model.device):
         # 1. Choose B distinct prompts, those of middling value most often. V is read here, before this step's update.
         chosen = choose_prompts(state.values.value, B, rng, c.explore_eps)
         q, V = [prompts[i] for i in chosen], torch.tensor(2 * state.values.value[chosen] - 1)  # V: [B] in [-1, 1]
-        x, segments, drift, tokens = q, [], np.zeros(B), 0
+        x, segments, drift, tokens = q, [], np.zeros(B), 0  # x: what the responses follow, q itself for GRPO
         if c.algo == "skpo":
             # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
-            t = [min(split_position(L, rng, c.split_low, c.split_high), c.max_new_tokens) for L in state.lengths.value[chosen]]
-            drawn = generate(model, tokenizer, q, G, t, c.temperature)  # [B][G]
+            t_q = [min(split_position(L, rng, c.split_low, c.split_high), c.max_new_tokens) for L in state.lengths.value[chosen]]
+            drawn = generate(model, tokenizer, q, G, t_q, c.temperature, c.cache_tokens)  # [B][G]
             tokens += sum(len(s.tokens) for group in drawn for s in group)
             # 3. Select the segment of median surprise.
             segments = [group[select_segment(group)] for group in [[cut_segment(s) for s in group] for group in drawn]]
             # 4. Skip connection: the segment first, then the whole prompt.
-            x = [skip_prompt(s.tokens, p, prepended_bos(tokenizer)) for s, p in zip(segments, q)]
+            x = [skip_prompt(s.tokens, p, bos) for s, p in zip(segments, q)]
             drift = policy_drift(model, q, [state.kept.get(i) for i in chosen], c)  # for step 11, by the pi that samples now
         # 5. Downstream: G complete responses from [s, q].
-        responses = generate(model, tokenizer, x, G, c.max_new_tokens, c.temperature)  # [B][G]
+        responses = generate(model, tokenizer, x, G, c.max_new_tokens, c.temperature, c.cache_tokens)  # [B][G]
         tokens += sum(len(o.tokens) for group in responses for o in group)
     rollout_seconds = time.perf_counter() - start
     # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
@@ -854,7 +865,7 @@ def training_step(model, tokenizer, optimizer, problems, prompts, state, config)
     values = monte_carlo_value(rewards)  # [B]
     # 7. and 8. Advantages, downstream within the group, upstream against the running value.
     down = group_advantages(rewards).tolist()  # [B][G]
-    up = upstream_advantages(values, V.float()).tolist()  # [B]
+    up = upstream_advantages(values.double(), V).tolist()  # [B]
     # 9. and 10. The losses, and one optimiser step per mini-batch of prompts.
     update_start, log = time.perf_counter(), Counter()
     lr = optimizer.param_groups[0]["lr"] = c.lr * min(1.0, state.step / max(1, c.warmup_steps))
@@ -863,7 +874,8 @@ def training_step(model, tokenizer, optimizer, problems, prompts, state, config)
         for b in part:
             weight = 1 / (sum(len(o.tokens) for o in responses[b]) * len(part))
             rows += [Row(x[b], o, A, weight, False) for o, A in zip(responses[b], down[b])]
-        rows += [Row(q[b], segments[b], up[b], 1 / (len(segments[b].tokens) * len(part)), True) for b in part if segments]
+            if segments:
+                rows.append(Row(q[b], segments[b], up[b], 1 / (len(segments[b].tokens) * len(part)), True))
         log += update(model, optimizer, rows, c)
     # 11. Trackers: the observed value and length; the segment is kept to measure how far pi moves until next time.
     lengths = [np.mean([len(o.tokens) for o in group]) for group in responses]
@@ -930,7 +942,7 @@ def evaluate(model, tokenizer, problems, config):
     at_once = max(1, config.prompts_per_step * config.group_size // k)  # as many rows as training has
     for i in range(0, len(problems), at_once):
         with autocast(config, model.device):
-            groups = generate(model, tokenizer, prompts[i:i + at_once], k, config.max_new_tokens, config.temperature)
+            groups = generate(model, tokenizer, prompts[i:i + at_once], k, config.max_new_tokens, config.temperature, config.cache_tokens)
         for problem, group in zip(problems[i:], groups):
             right.append([is_correct(tokenizer.decode(s.tokens, skip_special_tokens=True), problem.answer) for s in group])
     return dict(accuracy=float(np.mean(right)), samples=k, problems=len(problems))
@@ -968,9 +980,8 @@ def append(path, row):
 def save_checkpoint(out, model, optimizer, state):
     """Everything a run needs to go on, in one file that replaces the old one by rename: a kill at any moment leaves one
     or the other whole. The lengths of the logs come along: what was written after them is cut off on resume."""
-    trackers = {name: [torch.tensor(t.value), torch.tensor(t.count)] for name, t in
-                (("values", state.values), ("lengths", state.lengths))}
-    data = dict(step=state.step, model=model.state_dict(), optimizer=optimizer.state_dict(), **trackers,
+    data = dict(step=state.step, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                trackers=[(t.value.tolist(), t.count.tolist()) for t in (state.values, state.lengths)],
                 kept={i: (s.tokens, s.logprobs, s.finished) for i, s in state.kept.items()},
                 sizes={f: (out / f).stat().st_size if (out / f).exists() else 0 for f in ("metrics.jsonl", "samples.jsonl")})
     fresh = out / "checkpoint.tmp"
@@ -982,32 +993,37 @@ def save_checkpoint(out, model, optimizer, state):
         os.replace(fresh, out / "checkpoint.pt")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         fresh.unlink(missing_ok=True)
-        raise UserError(f"cannot save a checkpoint in {out} ({str(error).splitlines()[0]}); the one before is untouched") from None
+        raise UserError(f"cannot save a checkpoint in {out} ({brief(error)}); the one before is untouched") from None
 
 
 def load_checkpoint(out, model, optimizer, state):
     """Puts model, optimizer, state and the logs back where save_checkpoint saw them."""
     try:
-        data = torch.load(out / "checkpoint.pt", map_location=model.device, weights_only=True)
+        data = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         model.load_state_dict(data["model"])
         optimizer.load_state_dict(data["optimizer"])
-    except Exception as error:
-        raise UserError(f"cannot resume from {out / 'checkpoint.pt'}: {str(error).strip().splitlines()[0]}") from None
-    for tracker, (value, count) in ((state.values, data["values"]), (state.lengths, data["lengths"])):
-        if len(value) != len(tracker.value):
-            raise UserError(f"cannot resume {out}: it has {len(value)} problems, --data now gives {len(tracker.value)}")
-        tracker.value, tracker.count = value.cpu().numpy(), count.cpu().numpy()
-    state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
-    for name, size in data["sizes"].items():
-        if (out / name).exists():
-            os.truncate(out / name, size)
+        for tracker, saved in zip((state.values, state.lengths), data["trackers"]):
+            if len(saved[0]) != len(tracker.value):
+                raise ValueError(f"it has {len(saved[0])} problems, --data now gives {len(tracker.value)}")
+            tracker.value, tracker.count = map(np.array, saved)
+        state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
+        for name, size in data["sizes"].items():
+            if (out / name).exists():
+                os.truncate(out / name, size)
+    except Exception as error:  # whatever a file may hold
+        raise UserError(f"cannot resume from {out / 'checkpoint.pt'}: {brief(error)}") from None
+
+
+def eval_files(config):
+    return [f.strip() for f in config.eval_data.split(",") if f.strip()]
 
 
 def load_data(config, model, tokenizer):
     """(training problems, their prompts' ids, {name: evaluation problems}). Too-long prompts are dropped, aloud."""
     c = config
     problems = load_problems(c.data or getattr(model.config, "problems", "arithmetic"))
-    tests = {Path(f).stem: load_problems(f) for f in c.eval_data.split(",") if f}  # by name
+    names = eval_files(c)
+    tests = {Path(f).stem if len({Path(f).stem for f in names}) == len(names) else f: load_problems(f) for f in names}
     if not tests and not c.steps:
         tests = {"data": problems}
     elif not tests and c.eval_every:
@@ -1035,7 +1051,7 @@ def train(config):
     """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that."""
     c = config
     check_config(c)
-    for f in filter(None, [c.data, *c.eval_data.split(",")]):  # a broken file is found before a model is loaded
+    for f in filter(None, [c.data, *eval_files(c)]):  # a broken file is found before a model is loaded
         if len(load_problems(f)) < c.prompts_per_step and c.steps and f == c.data:
             raise UserError(f"{f} holds fewer problems than --prompts_per_step {c.prompts_per_step}: lower that")
     transformers.logging.set_verbosity_error()
@@ -1052,24 +1068,26 @@ def train(config):
         if not any(out.iterdir()):
             out.rmdir()
         raise
-    if not c.resume:
-        (out / "config.json").write_text(json.dumps(asdict(c), indent=1) + "\n")
+    (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
+    os.replace(out / "config.tmp", out / "config.json")
     print(f"model     {c.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, on {model.device}\n"
           f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}\n"
           f"plan      {c.algo}, steps {state.step + 1} to {c.steps}, {c.prompts_per_step} prompts x {c.group_size} responses "
           f"of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
 
-    def test():
+    def evaluate_all():
         for name, problems in tests.items():
             result = evaluate(model, tokenizer, problems, c)
             append(out / "metrics.jsonl", dict(step=state.step, data=name, **result))
             tqdm.write(f"step {state.step:4d}  accuracy on {name}: {result['accuracy']:.3f} (avg@{result['samples']})")
 
     if state.step == 0 and (c.eval_every or not c.steps):
-        test()
+        evaluate_all()
     bad, reading = 0, []
     with tqdm(total=c.steps, initial=state.step, desc=c.algo, disable=None, leave=False) as bar:
         while state.step < c.steps:
+            if STOP and not state.step:
+                sys.exit(130)  # nothing to save yet
             state.step += 1
             row, reading = training_step(model, tokenizer, optimizer, problems, prompts, state, c)
             append(out / "metrics.jsonl", row)
@@ -1083,8 +1101,8 @@ def train(config):
                            f"{row['accuracy']:.3f}  segment {row['segment_tokens']:.1f}  response {row['response_tokens']:.1f}  "
                            f"zero-advantage {row['zero_advantage']:.2f}  {row['tokens_per_second']:.0f} tokens/s")
             if c.eval_every and (state.step % c.eval_every == 0 or state.step == c.steps):
-                test()
-            if c.save_every and (state.step % c.save_every == 0 or state.step == c.steps) or STOP:
+                evaluate_all()
+            if STOP or c.save_every and (state.step % c.save_every == 0 or state.step == c.steps):
                 save_checkpoint(out, model, optimizer, state)
             bar.update()
             if STOP and state.step < c.steps:
@@ -1134,10 +1152,13 @@ def parse_config(argv):
     first, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{f.name}" for f in fields(Config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1, 0.5)
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1, 0.7)
         raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
     if first.resume and first.out and (Path(first.out) / "config.json").is_file():
-        saved = json.loads((Path(first.out) / "config.json").read_text())
+        try:
+            saved = dict(json.loads((Path(first.out) / "config.json").read_text()))
+        except ValueError as error:
+            raise UserError(f"cannot read {Path(first.out) / 'config.json'}: {brief(error)}") from None
         parser.set_defaults(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved} | dict(resume=True))
     elif first.model == "embedded":
         parser.set_defaults(**EMBEDDED)
@@ -1160,7 +1181,7 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"skpo.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"skpo.py: out of memory: lower --micro_tokens, then --prompts_per_step ({str(error).splitlines()[0]})")
+        sys.exit(f"skpo.py: out of memory: in sampling set --cache_tokens, in the update --micro_tokens below 16384 ({brief(error)})")
     except OSError as error:
         sys.exit(f"skpo.py: {error}")
     except KeyboardInterrupt:

@@ -98,10 +98,10 @@ EQUAL = r"""5|5.0;1,000|1000;12{,}345|12345;10\,000|10000;007|7;+5|5;5|−5 - -1
 (-\infty, 3]|(-\infty,3];(0,1)\cup(2,3)|(2,3)\cup(0,1);(x+1)^2|x^2+2x+1;(x+1)(x-1)|x^2-1;\frac{1}{2}x|x/2;3\pm\sqrt2|3-\sqrt2, 3+\sqrt2
 \text{(C)}|C;(C)|C;\textbf{(C)}|C;\text{Yes}|yes;east|East;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3};e^{i\pi}|-1;\log_2 8|3;\binom{5}{2}|10
 \sin^2 x+\cos^2 x|1;1.41421356|\sqrt{2};x \in [1,2]|[1,2];1{,}000{,}000|10^6;\sqrt{x^2+1}|(x^2+1)^{1/2};10^{-3}|0.001;3 \text{ and } 5|5, 3
-\sqrt[3]{-8}|-2;2^{-1}|\frac12;|-5|+1|6;27.0|27;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4}"""
+\sqrt[3]{-8}|-2;\sin x \cos x|\cos x\sin x;\sin\pi|0;3:4|3 : 4;x=1, x=2|1, 2;5cm|5;1010_2|1010_{2};2^{-1}|\frac12;|-5|+1|6;27.0|27;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4}"""
 DIFFERENT = r"""5|6;0.33|1/3;1.414|\sqrt2;(1,2)|(2,1);(0,1)|[0,1];[0,1)|[0,1];1|-1;x|y;x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\}
 \{1,2\}|\{1,2,3\};\{1,1\}|\{1,2\};\sqrt{x^2}|x;100!|99!;10^{100}|10^{100}+1;2^{100}|2^{100}+1;9^{9^{9^9}}|1;1/0|1/0+1;1000|1,001;(1,2)|12
-12|1,2;[1,2]|\{1,2\};\frac{0}{0}|0;i|-i;\sin x|\cos x;50\%|5;x=5|6;99999999!|1;0.1|0.10001;1 000|0;2 3|6;\frac13|0.3333"""
+12|1,2;[1,2]|\{1,2\};\frac{0}{0}|0;i|-i;\sin x|\cos x;50\%|5;x=5|6;99999999!|1;0.1|0.10001;1 000|0;2 3|6;a_1|c_0;2 ab|2;3 xy|3 zw;5 million|5;1234567|1234568.0;\frac13|0.3333"""
 
 
 @pytest.mark.parametrize("table, verdict", [(EQUAL, True), (DIFFERENT, False)])
@@ -110,7 +110,7 @@ def test_verdicts(table, verdict):
         a, b = pair.rsplit("|", 1)
         for given, reference in ((a, b), (b, a)):
             assert skpo.is_correct(f"so it is \\boxed{{{given}}}.", reference) is verdict, (given, reference)
-    assert skpo.is_correct(r"\boxed{|-5|}", "5")
+    assert skpo.is_correct(r"\boxed{|-5|}", "5") and skpo.is_correct(r"\boxed{2|x|}", "2 |x|")
 
 
 def test_hostile_answers_are_wrong_quickly_and_run_nothing(tmp_path):
