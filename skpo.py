@@ -60,7 +60,7 @@ class Config:
     """Every knob. The defaults are the paper's; EMBEDDED below holds those of the embedded model."""
     model: str = HfArg(default="embedded", help="transformers folder or hub name; 'embedded': a tiny one, built here")
     data: str = HfArg(default="", help="JSON lines of problems to train on; '': built-in ones")
-    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': a held-out part of data")
+    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': held-out ones of data")
     out: str = HfArg(default="", help="folder of this run; '': a new one under runs/")
     algo: Literal["skpo", "grpo"] = HfArg(default="skpo", help="grpo: no upstream, G responses straight from q")
     steps: int = HfArg(default=500, help="training steps; 0: evaluation alone")
@@ -85,12 +85,10 @@ class Config:
     rho_max: float = HfArg(default=0.96, help="trackers: most memory, after a small one")
     tau: float = HfArg(default=8.0, help="trackers: the divergence that halves the memory, before clipping")
     explore_eps: float = HfArg(default=0.05, help="added to every prompt's sampling weight")
-    template: Literal["auto", "none"] = HfArg(default="auto", help="auto: chat template if there is one, ask for a box; "
+    template: Literal["auto", "none"] = HfArg(default="auto", help="auto: chat template, if any, and ask for a box; "
                                               "none: the question exactly as it is")
-    micro_tokens: int = HfArg(default=0, help="tokens in one forward pass of training, padding counted; 0: 16384 on a GPU, "
-                             "1024 on a CPU")
-    cache_tokens: int = HfArg(default=0, help="tokens in the KV cache while sampling, prompts and budgets counted: more "
-                              "are sampled in turns; 0: all at once")
+    micro_tokens: int = HfArg(default=0, help="tokens in a training pass, padding counted; 0: 16384 on a GPU, 1024 on a CPU")
+    cache_tokens: int = HfArg(default=0, help="tokens in the KV cache at once; more are sampled in turns; 0: no bound")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute; auto: bfloat16 on a GPU; "
                                                           "weights are float32 always")
     device: str = HfArg(default="", help="cpu, cuda, cuda:1, mps; '': cuda if there is one")
@@ -115,7 +113,7 @@ def check_config(c):
         if not 0 <= getattr(c, name) < math.inf:
             raise UserError(f"--{name} must be 0 or more, not {getattr(c, name)}")
     if c.group_size < 2:
-        raise UserError(f"--group_size must be 2 or more, not {c.group_size}: advantages compare the samples of a prompt")
+        raise UserError(f"--group_size must be 2 or more, not {c.group_size}: a prompt's samples are compared")
     if c.prompts_per_step % c.minibatches:
         raise UserError(f"--minibatches {c.minibatches} does not divide --prompts_per_step {c.prompts_per_step}")
     if not 0 < c.split_low <= c.split_high <= 1:
@@ -125,9 +123,9 @@ def check_config(c):
     if c.clip_low >= 1:
         raise UserError(f"--clip_low must be below 1, not {c.clip_low:g}")
     if c.model == "embedded" and (c.data or c.eval_data):
-        raise UserError("the embedded model reads nothing but its own problems: name a --model for --data and --eval_data")
+        raise UserError("the embedded model reads only its own problems: name a --model for --data and --eval_data")
     if c.steps and not c.temperature:
-        raise UserError("--temperature 0 is greedy: good for evaluation (--steps 0), but nothing can be learned from it")
+        raise UserError("--temperature 0 is greedy: good for evaluation (--steps 0), but it teaches nothing")
     for name in ("algo", "template", "dtype"):
         choices = next(f.type for f in fields(Config) if f.name == name).__args__
         if getattr(c, name) not in choices:
@@ -188,11 +186,12 @@ def builtin_problems(name, n=2048):
     if name == "sums":
         digits = rng.permutation(10**6)[:n]
         return [Problem(f"{d:06d}", str(sum(map(int, str(d))) % 10)) for d in digits]
-    a, b, c, d = rng.integers(2, 100, (4, n)).tolist()
-    forms = [lambda a, b, c, d: (f"{a} + {b} * {c}", a + b * c), lambda a, b, c, d: (f"({a} + {b}) * {c} - {d}", (a + b) * c - d),
-             lambda a, b, c, d: (f"{a} * {b} - {c} * {d}", a * b - c * d), lambda a, b, c, d: (f"{a} + {b} + {c} - {d}", a + b + c - d)]
-    pairs = dict(forms[i % 4](*x) for i, x in enumerate(zip(a, b, c, d)))  # a dict: no problem twice
-    return [Problem(f"What is {question}?", str(answer)) for question, answer in pairs.items()]
+    pairs = {}  # a dict: no problem twice
+    for i, (a, b, c, d) in enumerate(rng.integers(2, 100, (n, 4)).tolist()):
+        question, answer = [(f"{a} + {b} * {c}", a + b * c), (f"({a} + {b}) * {c} - {d}", (a + b) * c - d),
+                            (f"{a} * {b} - {c} * {d}", a * b - c * d), (f"{a} + {b} + {c} - {d}", a + b + c - d)][i % 4]
+        pairs[f"What is {question}?"] = str(answer)
+    return [Problem(question, answer) for question, answer in pairs.items()]
 
 
 def prompt_ids(tokenizer, question, template="auto"):
@@ -205,8 +204,9 @@ def prompt_ids(tokenizer, question, template="auto"):
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
 
 
-# ---- Rewards: is the last box right? Model output is untrusted text, so nothing here evaluates it as code: a parser of our 
-# own turns it into numbers, and every size is bounded before anything is computed.
+# ---- Rewards: is the last box right? --------------------------------------------------------------------------------
+# Model output is untrusted text, so nothing here evaluates it as code: a parser of our own turns it into numbers, and
+# every size is bounded before anything is computed.
 
 MP = mpmath.MPContext()
 MP.dps = 60
@@ -216,7 +216,7 @@ DECIMAL = re.compile(r"\.\d*[1-9]")  # 27.0 is an integer
 FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
              "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
 NAMED = re.compile(r"^\s*\\?[a-zA-Z](_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")  # x =, f(x) =, x in
-UNITS = re.compile(r"(?<=[\d}])\s*\b(?!to\b|\w*(?:hundred|thousand|illion))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|am|pm)"
+UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|am|pm)"
                    r"(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
 CONSTANTS = {r"\pi": MP.pi, r"\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}
 UNIFY = [(re.compile(pattern), new) for pattern, new in [
@@ -224,13 +224,15 @@ UNIFY = [(re.compile(pattern), new) for pattern, new in [
     (r"\\(?:left|right|displaystyle|limits|bigl?|bigr?|Bigl?|Bigr?)(?![a-zA-Z])|\\[!;:]|\\[()]|~", ""),
     (r"(?<=\d)(?:\{,\}|\\,|,\\!)(?=\d{3})", ""), (r"\\,|\\ |\\q?quad", " "),  # thousands, then spaces
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree|\\\$|[$£€]", ""),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\dbinom", r"\\binom"), (r"\\(?:lvert|rvert|vert|mid)(?![a-zA-Z])", "|"),
-    (r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","), (r"\*\*", "^"), (r"\\(?:cdot|ast)(?![a-zA-Z])|\*", r"\\times "), (r"\\div(?![a-zA-Z])", "/"), (r"\\infinity|infinity", r"\\infty "),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:lvert|rvert|vert|mid)(?![a-zA-Z])", "|"),
+    (r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","), (r"\*\*", "^"), (r"\\div(?![a-zA-Z])", "/"),
+    (r"\\(?:cdot|ast)(?![a-zA-Z])|\*", r"\\times "), (r"\\infinity|infinity", r"\\infty "),
     (r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(?![a-zA-Z])", r"\\\1 "),
-    (r"\\(frac|sqrt|binom)\s*(\d)", r"\\\1{\2}"), (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),  # \frac12
-    (r"(?<![\d.^_{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"), (r"(?<![\d.^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
+    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),  # \frac12
+    (r"(?<![\d.^_{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
+    (r"(?<![\d.^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
 ]]
-WRAP = re.compile(r"\\(?:text|mathrm|mbox|textbf|mathbf|textit|textrm|operatorname|boxed)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
+WRAP = re.compile(r"\\(?:(?:text|math)(?:rm|bf|it)?|mbox|operatorname|boxed)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
 
 
 def extract_answer(text):
@@ -304,8 +306,8 @@ def members(text):
 
 
 def same_value(a, b):
-    """Whether two tidy answers are equal: the members of tuples, sets, ... one by one, words as words, the rest by value."""
-    a, b = (re.sub(r"_\{(\w+)\}|\s+(?![a-zA-Z\d])|(?<![a-zA-Z\d])\s+", lambda m: f"_{m[1]}" if m[1] else "", NAMED.sub("", t)) for t in (a, b))
+    """Whether two tidy answers are equal: members of tuples, sets, ... one by one, words as words, else by value."""
+    a, b = (re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"_\{(\w+)\}", r"_\1", NAMED.sub("", t))) for t in (a, b))
     (kind, left), (other_kind, right) = members(a), members(b)
     if a == b or kind != other_kind or len(left) != len(right) or len(left) > 20:
         return a == b != ""
@@ -324,8 +326,8 @@ def same_value(a, b):
     a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\s*\\?%$", "", text) for text in (a, b))
     loose, points = bool(DECIMAL.search(a + " " + b)), range(4 if re.search("[a-zA-Z]", a + b) else 1)
     pairs = [(latex_value(a, point), latex_value(b, point)) for point in points]
-    return any(all(close(u / (100 if percent[0] and cut else 1), v / (100 if percent[1] and cut else 1), loose) for u, v in pairs)
-               for cut in {False, percent[0] != percent[1]})
+    scales = {(1, 1), (1, 1) if all(percent) else tuple(100 if p else 1 for p in percent)}
+    return any(all(close(u / i, v / j, loose) for u, v in pairs) for i, j in scales)
 
 
 def lift(x):
@@ -334,8 +336,8 @@ def lift(x):
 
 
 def close(a, b, loose):
-    """Equality of two numbers: to 1e-6 relative if loose (one side was a decimal); otherwise exact for Fractions, and to
-    45 digits for the irrational."""
+    """Equality of two numbers: to 1e-6 relative if loose (one side was a decimal), else exact for Fractions and to 45
+    digits for the irrational."""
     if isinstance(a, Fraction) and isinstance(b, Fraction) and not loose:
         return a == b
     a, b = lift(a), lift(b)
@@ -359,7 +361,7 @@ def power(a, b):
 
 
 def latex_value(text, point=0):
-    r"""The number that a LaTeX expression stands for: a Fraction while that is exact, else an mpmath number; its letters
+    r"""The number that a LaTeX expression stands for: a Fraction while exact, else an mpmath number; its letters
     take values from a fixed table, another at each point. A recursive-descent parser, which pops what it has read;
     ValueError on anything it does not know, and on anything too large."""
     tokens = TOKEN.findall(text)[::-1]
@@ -383,7 +385,9 @@ def latex_value(text, point=0):
 
     def product(argument=False):  # the argument of a function ends where the next function begins
         value = raised()
-        while tokens and tokens[-1] not in ("+", "-", ")", "]", "}", "|") and not (argument and tokens[-1][1:] in FUNCTIONS):
+        while tokens and tokens[-1] not in ("+", "-", ")", "]", "}", "|"):
+            if argument and tokens[-1][1:] in FUNCTIONS:
+                break
             if tokens[-1][0].isdecimal():
                 raise ValueError("two numbers in a row")
             inverse = take("/") or (take(r"\times") and "")
@@ -423,11 +427,6 @@ def latex_value(text, point=0):
             root, value = closed("]") if take("[") else Fraction(2), atom()
             odd = isinstance(value, Fraction) and value < 0 and root % 2 == 1  # then the real root
             return -power(-value, 1 / root) if odd else power(value, 1 / root)
-        if token == r"\binom":
-            n, k = atom(), atom()
-            if not (n in range(1001) and k in range(1001)):
-                raise ValueError("binomial")
-            return Fraction(math.comb(int(n), int(k)))
         if token[1:] in FUNCTIONS and len(token) > 1:
             return function(token[1:])
         if token in CONSTANTS:
@@ -472,11 +471,11 @@ def load_model(config):
     model = model.eval().to(device)  # no dropout: pi at the update must be the pi that sampled
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         raise UserError(f"--model {config.model} holds weights that are not finite numbers")
-    ids = torch.arange(4, device=device)[None]
+    ids, head = torch.arange(4, device=device)[None], model.get_output_embeddings()
     with torch.no_grad():
-        if not torch.allclose(model(ids).logits, model.get_output_embeddings()(model.base_model(ids).last_hidden_state), atol=1e-3):
+        if not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-3):
             raise UserError(f"--model {config.model}: this architecture does more to its logits than one linear head")
-    model.generation_config = GenerationConfig(eos_token_id=eos_ids(model, tokenizer) or None)  # nothing else of it is used
+    model.generation_config = GenerationConfig(eos_token_id=eos_ids(model, tokenizer) or None)  # the rest is not pi
     return model, tokenizer
 
 
@@ -493,9 +492,9 @@ def hub_unreachable(source):
 
 
 def embedded_model(seed, steps=300, batch=64, slips=0.2):
-    """A character-level Qwen2 of 74k parameters (\\boxed{ is one token) that stands in for a pretrained model: supervised for seconds on worked
-    digit sums in which every fifth step slips, so that it knows how, yet is often wrong. In half of the documents a
-    partial attempt stands ahead of the problem, as in [s, q]."""
+    """A character-level Qwen2 of 75k parameters (\\boxed{ is one token) that stands in for a pretrained one: supervised
+    for seconds on worked digit sums in which every fifth step slips, so that it knows how, yet is often wrong. In half
+    of the documents a partial attempt stands ahead of the problem, as in [s, q]."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     vocab = {c: i for i, c in enumerate([*"0123456789=", "\\boxed{", "}", "<eos>", "<unk>"])}
     chars = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -617,10 +616,13 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cach
             drawn = len(recorder.kept)
             mask = torch.cat([mask, mask.new_ones(len(mask), drawn)], 1)  # [N, T + drawn]
             old_rows, rows, staying = rows, [], []
-            for j, (tokens, logprobs) in enumerate(zip(ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist())):
+            drawn_ids, drawn_logprobs = ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist()  # [N][drawn]
+            for j, (tokens, logprobs) in enumerate(zip(drawn_ids, drawn_logprobs)):
                 s = samples[old_rows[j]]
                 end = next((t + 1 for t, token in enumerate(tokens[:room[j]]) if token in eos), min(room[j], drawn))
-                s.tokens, s.logprobs, s.finished = s.tokens + tokens[:end], s.logprobs + logprobs[:end], tokens[end - 1] in eos
+                s.tokens += tokens[:end]
+                s.logprobs += logprobs[:end]
+                s.finished = tokens[end - 1] in eos
                 if not s.finished and end < room[j]:
                     rows.append(old_rows[j])
                     staying.append(j)
@@ -648,17 +650,19 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     hidden = model.base_model(ids, attention_mask=torch.cat([before, mask], 1), position_ids=positions,
                               past_key_values=cache, use_cache=True).last_hidden_state  # [N, T, D]
     mask = mask.bool()
-    packed = chunked_logprobs(model.get_output_embeddings(), hidden[mask], pad(responses)[0].to(device)[mask], temperature)
+    targets = pad(responses)[0].to(device)[mask]  # [sum of lengths]
+    packed = chunked_logprobs(model.get_output_embeddings(), hidden[mask], targets, temperature)
     return packed.new_zeros(mask.shape).masked_scatter(mask, packed), mask
 
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """log softmax(head(hidden) / temperature) at the targets: hidden [M, D], targets [M] -> [M], float32 nats. A chunk's
+    """log softmax(head(hidden) / temperature) at targets: hidden [M, D], targets [M] -> [M], float32 nats. A chunk's
     logits [chunk, V] live only while they are used: the backward pass computes them again."""
     def piece(h, t):
         logits = head(h).float() / temperature  # [m, V]
         return logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(1)  # [m]
-    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in chunks])
 
 
 # ---- Upstream, phase I (Section 3.2): split, cut, select; and the skip connection -----------------------------------
@@ -706,7 +710,7 @@ class Tracker:
         self.rho_min, self.rho_max, self.tau = rho_min, rho_max, tau
 
     def update(self, indices, observations, divergences):
-        """indices [B] distinct, observations [B], divergences [B] in nats per token, of the policy since the last visit."""
+        """indices [B] distinct, observations [B], divergences [B] of pi since the last visit, nats per token."""
         i, D = np.asarray(indices), np.asarray(divergences, float)
         rho = np.clip(2.0 ** (-D / self.tau), self.rho_min, self.rho_max)
         seen = rho * self.count[i] + 1
@@ -725,7 +729,8 @@ def choose_prompts(values, n, rng, eps=0.05):
 def standardise(x):
     """(x - mean) / population std along the last dimension; all 0, not NaN, where its values are all equal."""
     equal = (x == x[..., :1]).all(-1, keepdim=True)
-    return ((x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True).masked_fill(equal, 1)).masked_fill(equal, 0)
+    std = x.std(-1, correction=0, keepdim=True).masked_fill(equal, 1)
+    return ((x - x.mean(-1, keepdim=True)) / std).masked_fill(equal, 0)
 
 
 def group_advantages(rewards):
@@ -748,7 +753,7 @@ def downstream_loss(logprobs, old_logprobs, advantages, mask, row_weight, clip_l
 
 def upstream_loss(logprobs, old_logprobs, advantages, mask, row_weight, clip_low=0.2, clip_high=0.2):
     """-sum w min(r A, clip(r, 1 - low, 1 + high) A) (eq. 6), PPO's: a token clipped in its advantage's direction loses
-    its gradient. Shapes as in downstream_loss; row_weight is 1 / (tokens of the segment * prompts of the mini-batch)."""
+    its gradient. Shapes as above; row_weight is 1 / (tokens of the segment * prompts of the mini-batch)."""
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     A = advantages[:, None]
     return -(torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A) * mask * row_weight[:, None]).sum()
@@ -766,14 +771,15 @@ class Row(NamedTuple):
 
 
 def micro_batches(prompts, responses, limit):
-    """Cuts N rows (lists of ids) into forward passes of at most `limit` tokens, padding and shared prompts counted (a row
-    longer than that goes alone). Rows of like length together, within a factor of sqrt 2, and among those the rows of one
+    """Cuts N rows (lists of ids) into forward passes of at most `limit` tokens, padding and shared prompts counted (a
+    longer row goes alone). Rows of like length together, within a factor of sqrt 2, and among those the rows of one
     prompt; a row that would cost an eighth of a pass in padding opens the next. Yields lists of row indices."""
     first = {}
     owner = [first.setdefault(tuple(p), i) for i, p in enumerate(prompts)]  # [N], the first row of the same prompt
 
     def cost(rows):
-        return len(rows) * max(len(responses[i]) for i in rows) + len({owner[i] for i in rows}) * max(len(prompts[i]) for i in rows)
+        padded = max(len(responses[i]) for i in rows), max(len(prompts[i]) for i in rows)
+        return len(rows) * padded[0] + len({owner[i] for i in rows}) * padded[1]
     batch = []
     for i in sorted(range(len(owner)), key=lambda i: (round(2 * math.log2(len(responses[i]))), owner[i])):
         if batch and (cost(batch + [i]) > limit or cost(batch + [i]) - cost(batch) - cost([i]) > limit / 8):
@@ -789,22 +795,22 @@ def update(model, optimizer, rows, config):
     they count in the weights of the others, and are not run. Returns sums for the log."""
     log, rows = Counter(), [r for r in rows if r.advantage]
     w_down = config.w_down if config.algo == "skpo" else 1.0
-    for indices in micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], pass_tokens(config, model)):
-        batch = [rows[i] for i in indices]
+    prompts, tokens = [r.prompt for r in rows], [r.sample.tokens for r in rows]
+    for batch in micro_batches(prompts, tokens, pass_tokens(config, model)):
         with autocast(config, model.device):
-            logprobs, mask = response_logprobs(model, [r.prompt for r in batch], [r.sample.tokens for r in batch], config.temperature)
-        old = torch.zeros_like(logprobs).masked_scatter(  # [N, T], 0 where padded
-            mask, logprobs.new_tensor([p for r in batch for p in r.sample.logprobs]))
-        A, weight = logprobs.new_tensor([r.advantage for r in batch]), logprobs.new_tensor([r.weight for r in batch])
-        up = torch.tensor([r.upstream for r in batch], device=mask.device)  # [N]
-        loss = config.w_up * upstream_loss(logprobs, old, A, mask & up[:, None], weight, config.clip_low, config.clip_low) \
-            + w_down * downstream_loss(logprobs, old, A, mask & ~up[:, None], weight, config.clip_low, config.clip_high)
-        loss.backward()
+            logprobs, mask = response_logprobs(model, [prompts[i] for i in batch], [tokens[i] for i in batch],
+                                               config.temperature)  # [N, T]
+        old = logprobs.new_tensor([p for i in batch for p in rows[i].sample.logprobs])
+        old = torch.zeros_like(logprobs).masked_scatter(mask, old)  # [N, T], 0 where padded
+        A, weight = logprobs.new_tensor([(rows[i].advantage, rows[i].weight) for i in batch]).T  # [N] each
+        up = torch.tensor([[rows[i].upstream] for i in batch], device=mask.device)  # [N, 1]: which loss is a row's
+        loss_up = upstream_loss(logprobs, old, A, mask & up, weight, config.clip_low, config.clip_low)
+        loss_down = downstream_loss(logprobs, old, A, mask & ~up, weight, config.clip_low, config.clip_high)
+        (config.w_up * loss_up + w_down * loss_down).backward()
         with torch.no_grad():
             ratio = (logprobs - old).exp()
-            high = 1 + torch.where(up, config.clip_low, config.clip_high)[:, None]
-            clipped = (ratio < 1 - config.clip_low) | (ratio > high)
-            log += Counter(tokens=mask.sum().item(), ratio=(ratio * mask).sum().item(), clipped=(clipped & mask).sum().item())
+            clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + torch.where(up, config.clip_low, config.clip_high))
+            log += Counter(tokens=mask.sum().item(), ratio=ratio[mask].sum().item(), clipped=clipped[mask].sum().item())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -846,14 +852,16 @@ def training_step(model, tokenizer, optimizer, problems, prompts, state, config)
         x, segments, drift, tokens = q, [], np.zeros(B), 0  # x: what the responses follow, q itself for GRPO
         if c.algo == "skpo":
             # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
-            t_q = [min(split_position(L, rng, c.split_low, c.split_high), c.max_new_tokens) for L in state.lengths.value[chosen]]
+            L_q = state.lengths.value[chosen]  # [B]
+            t_q = [min(split_position(L, rng, c.split_low, c.split_high), c.max_new_tokens) for L in L_q]
             drawn = generate(model, tokenizer, q, G, t_q, c.temperature, c.cache_tokens)  # [B][G]
             tokens += sum(len(s.tokens) for group in drawn for s in group)
             # 3. Select the segment of median surprise.
             segments = [group[select_segment(group)] for group in [[cut_segment(s) for s in group] for group in drawn]]
             # 4. Skip connection: the segment first, then the whole prompt.
             x = [skip_prompt(s.tokens, p, bos) for s, p in zip(segments, q)]
-            drift = policy_drift(model, q, [state.kept.get(i) for i in chosen], c)  # for step 11, by the pi that samples now
+            # (11.) How far pi has moved since its last visit: by the pi that samples now, so before the update.
+            drift = policy_drift(model, q, [state.kept.get(i) for i in chosen], c)  # [B]
         # 5. Downstream: G complete responses from [s, q].
         responses = generate(model, tokenizer, x, G, c.max_new_tokens, c.temperature, c.cache_tokens)  # [B][G]
         tokens += sum(len(o.tokens) for group in responses for o in group)
@@ -885,16 +893,17 @@ def training_step(model, tokenizer, optimizer, problems, prompts, state, config)
 
     seconds, mean = time.perf_counter() - start, lambda xs: float(np.mean(xs))
     metrics = dict(
-        step=state.step, reward=rewards.mean().item(), mc_value=values.mean().item(), accuracy=(rewards > 0).float().mean().item(),
-        zero_advantage=(rewards == rewards[:, :1]).all(1).float().mean().item(),
-        segment_tokens=mean([len(s.tokens) for s in segments] or [0]), response_tokens=mean(lengths),
-        truncated=mean([not o.finished for group in responses for o in group]),
-        clip_fraction=log["clipped"] / max(1, log["tokens"]), ratio=log["ratio"] / log["tokens"] if log["tokens"] else 1.0,
+        step=state.step, reward=rewards.mean().item(), mc_value=values.mean().item(),
+        accuracy=mean(rewards.numpy() > 0),
+        zero_advantage=mean([not any(A) for A in down]), segment_tokens=mean([len(s.tokens) for s in segments] or [0]),
+        response_tokens=mean(lengths), truncated=mean([not o.finished for group in responses for o in group]),
+        clip_fraction=log["clipped"] / max(1, log["tokens"]), ratio=log["ratio"] / log["tokens"] if log["tokens"] else 1,
         grad_norm=log["grad_norm"] / log["updates"], skipped=log["skipped"], lr=lr, tokens=tokens, seconds=seconds,
         rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - update_start,
         tokens_per_second=tokens / seconds, peak_memory_gb=peak_memory_gb(model.device))
-    reading = [dict(step=state.step, question=problems[i].question, answer=problems[i].answer, prompt=tokenizer.decode(x[b]),
-                    segment=tokenizer.decode(segments[b].tokens) if segments else "", value=values[b].item(),
+    reading = [dict(step=state.step, question=problems[i].question, answer=problems[i].answer,
+                    prompt=tokenizer.decode(x[b]), segment=tokenizer.decode(segments[b].tokens) if segments else "",
+                    value=values[b].item(),
                     responses=[dict(text=text, reward=r) for text, r in zip(texts[b], rewards[b].tolist())])
                for b, i in enumerate(chosen[:2])]
     return metrics, reading
@@ -907,7 +916,8 @@ def policy_drift(model, prompts, kept, config):
     prompts, kept = [prompts[b] for b in again], [kept[b] for b in again]
     with torch.no_grad():
         for batch in micro_batches(prompts, [s.tokens for s in kept], pass_tokens(config, model)):
-            now, _ = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch], config.temperature)
+            now, _ = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch],
+                                       config.temperature)  # [N, T]
             for i, logprobs in zip(batch, now.tolist()):
                 drift[again[i]] = np.mean(np.abs(np.subtract(kept[i].logprobs, logprobs[:len(kept[i].tokens)])))
     return drift
@@ -942,9 +952,11 @@ def evaluate(model, tokenizer, problems, config):
     at_once = max(1, config.prompts_per_step * config.group_size // k)  # as many rows as training has
     for i in range(0, len(problems), at_once):
         with autocast(config, model.device):
-            groups = generate(model, tokenizer, prompts[i:i + at_once], k, config.max_new_tokens, config.temperature, config.cache_tokens)
+            groups = generate(model, tokenizer, prompts[i:i + at_once], k, config.max_new_tokens, config.temperature,
+                              config.cache_tokens)
         for problem, group in zip(problems[i:], groups):
-            right.append([is_correct(tokenizer.decode(s.tokens, skip_special_tokens=True), problem.answer) for s in group])
+            texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
+            right.append([is_correct(text, problem.answer) for text in texts])  # [P][k]
     return dict(accuracy=float(np.mean(right)), samples=k, problems=len(problems))
 
 
@@ -961,7 +973,7 @@ def open_run(config):
     if config.resume and not (config.out and (out / "checkpoint.pt").is_file()):
         raise UserError(f"--resume: no checkpoint in {out}; start anew with another --out" if config.out else
                         "--resume needs --out, the folder of the run")
-    if not config.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl", "checkpoint.pt", "model")):
+    if not config.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl", "model")):
         raise UserError(f"{out} already holds a run: choose another --out, or continue that one with --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -980,10 +992,11 @@ def append(path, row):
 def save_checkpoint(out, model, optimizer, state):
     """Everything a run needs to go on, in one file that replaces the old one by rename: a kill at any moment leaves one
     or the other whole. The lengths of the logs come along: what was written after them is cut off on resume."""
+    logs = [f for f in ("metrics.jsonl", "samples.jsonl") if (out / f).exists()]
     data = dict(step=state.step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                 trackers=[(t.value.tolist(), t.count.tolist()) for t in (state.values, state.lengths)],
                 kept={i: (s.tokens, s.logprobs, s.finished) for i, s in state.kept.items()},
-                sizes={f: (out / f).stat().st_size if (out / f).exists() else 0 for f in ("metrics.jsonl", "samples.jsonl")})
+                sizes={f: (out / f).stat().st_size for f in logs})
     fresh = out / "checkpoint.tmp"
     try:
         with open(fresh, "wb") as file:
@@ -1008,8 +1021,7 @@ def load_checkpoint(out, model, optimizer, state):
             tracker.value, tracker.count = map(np.array, saved)
         state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
         for name, size in data["sizes"].items():
-            if (out / name).exists():
-                os.truncate(out / name, size)
+            os.truncate(out / name, size)
     except Exception as error:  # whatever a file may hold
         raise UserError(f"cannot resume from {out / 'checkpoint.pt'}: {brief(error)}") from None
 
@@ -1070,10 +1082,11 @@ def train(config):
         raise
     (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
     os.replace(out / "config.tmp", out / "config.json")
-    print(f"model     {c.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, on {model.device}\n"
+    size = sum(p.numel() for p in model.parameters())
+    print(f"model     {c.model}, {size / 1e6:.2f}M parameters, on {model.device}\n"
           f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}\n"
-          f"plan      {c.algo}, steps {state.step + 1} to {c.steps}, {c.prompts_per_step} prompts x {c.group_size} responses "
-          f"of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
+          f"plan      {c.algo}, steps {state.step + 1} to {c.steps}, {c.prompts_per_step} prompts x {c.group_size} "
+          f"responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
 
     def evaluate_all():
         for name, problems in tests.items():
@@ -1095,11 +1108,11 @@ def train(config):
                 append(out / "samples.jsonl", r)
             bad = bad + 1 if row["skipped"] else 0
             if bad == 3:
-                raise UserError(f"loss or gradient was not finite in {bad} steps in a row: lower --lr; stopped at step {state.step}")
+                raise UserError(f"stopped at step {state.step}: gradient not finite in {bad} steps in a row; lower --lr")
             if state.step % max(1, c.steps // 20) == 0 or state.step == 1:
-                tqdm.write(f"step {state.step:4d}  reward {row['reward']:+.3f}  value {row['mc_value']:+.3f}  accuracy "
-                           f"{row['accuracy']:.3f}  segment {row['segment_tokens']:.1f}  response {row['response_tokens']:.1f}  "
-                           f"zero-advantage {row['zero_advantage']:.2f}  {row['tokens_per_second']:.0f} tokens/s")
+                tqdm.write("step {step:4d}  reward {reward:+.3f}  value {mc_value:+.3f}  accuracy {accuracy:.3f}  "
+                           "segment {segment_tokens:.1f}  response {response_tokens:.1f}  zero-advantage {zero_advantage:.2f}  "
+                           "{tokens_per_second:.0f} tokens/s".format(**row))
             if c.eval_every and (state.step % c.eval_every == 0 or state.step == c.steps):
                 evaluate_all()
             if STOP or c.save_every and (state.step % c.save_every == 0 or state.step == c.steps):
@@ -1131,11 +1144,12 @@ def summarise(out, reading):
             print(f"response  {cut(response['text'])}   reward {response['reward']:+.0f}")
     rewards = np.array([r["reward"] for r in rows if "reward" in r])
     if all(r.get("zero_advantage", 1) == 1 for r in rows):
-        print("\nNothing was learned: in every group all rewards were alike. Take easier problems, or a stronger model.")
+        print("\nNothing was learned: in every group all rewards were alike. Take easier problems or a stronger model.")
     curve = [float(part.mean()) for part in np.array_split(rewards, min(60, len(rewards)))]
     low, high = min(curve), max(curve)
-    print(f"\nreward    {''.join('▁▂▃▄▅▆▇█'[int(7.99 * (v - low) / (high - low or 1))] for v in curve)}  {curve[0]:+.2f} to {curve[-1]:+.2f}")
-    print(f"files     {out}: config.json, metrics.jsonl, samples.jsonl, model/ (python skpo.py --model {out / 'model'} ...)")
+    bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (v - low) / (high - low or 1))] for v in curve)
+    print(f"\nreward    {bars}  {curve[0]:+.2f} to {curve[-1]:+.2f}\nfiles     {out}: config.json, metrics.jsonl, "
+          f"samples.jsonl, model/ (python skpo.py --model {out / 'model'} ...)")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -1152,8 +1166,9 @@ def parse_config(argv):
     first, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{f.name}" for f in fields(Config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), flags, 1, 0.7)
-        raise UserError(f"there is no {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+        near = difflib.get_close_matches("--" + unknown[0].split("=")[0].strip("-").replace("-", "_"), flags, 1, 0.7)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"there is no {unknown[0]}; {hint}")
     if first.resume and first.out and (Path(first.out) / "config.json").is_file():
         try:
             saved = dict(json.loads((Path(first.out) / "config.json").read_text()))
@@ -1181,7 +1196,8 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"skpo.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"skpo.py: out of memory: in sampling set --cache_tokens, in the update --micro_tokens below 16384 ({brief(error)})")
+        sys.exit("skpo.py: out of memory: in sampling, set --cache_tokens; in the update, --micro_tokens below 16384 "
+                 f"({brief(error)})")
     except OSError as error:
         sys.exit(f"skpo.py: {error}")
     except KeyboardInterrupt:

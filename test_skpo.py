@@ -71,6 +71,23 @@ def test_problem_files(tmp_path):
     f = tmp_path / "p.jsonl"
     f.write_text('{"question": "a", "answer": "two\\n#### 2"}\n\n{"problem": "b", "answer": 27.0}\n{"question": "c", "answer": 0}\n')
     assert skpo.load_problems(str(f)) == [Problem("a", "2"), Problem("b", "27.0"), Problem("c", "0")]
+    f.write_text('{"question": "a", "answer": "#### "}')
+    with pytest.raises(skpo.UserError, match="line 1: no text or number"):
+        skpo.load_problems(str(f))
+
+
+def test_data_is_held_out_dropped_aloud_and_named(tiny, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text('{"question": "12", "answer": "3"}\n{"question": "%s", "answer": "3"}\n' % ("1" * 30))
+    both = f"{tmp_path}/a/test.jsonl, {tmp_path}/b/test.jsonl"
+    problems, prompts, tests = skpo.load_data(config(eval_data=both, max_prompt_tokens=20), *tiny)
+    assert len(tests) == 2 and all(len(t) == 1 for t in tests.values()) and len(problems) == len(prompts) == 2048
+    assert capsys.readouterr().out.count("dropped 1 of 2 problems") == 2
+    problems, prompts, tests = skpo.load_data(config(), *tiny)
+    assert len(problems) == 1792 and len(tests["held-out"]) == 256
+    assert not {p.question for p in problems} & {p.question for p in tests["held-out"]}
+    assert skpo.load_data(config(seed=1), *tiny)[2] == tests  # the same for every seed
 
 
 def test_builtin_problems_are_right():
@@ -96,7 +113,7 @@ EQUAL = r"""5|5.0;1,000|1000;12{,}345|12345;10\,000|10000;007|7;+5|5;5|−5 - -1
 \sqrt{8}|2\sqrt{2};\sqrt2|\sqrt{2};\sqrt[3]{27}|3;(-8)^2|64;2^{10}|1024;\pi/2|\frac{\pi}{2};2\pi|\pi\cdot 2;\infty|infinity;5!|120
 -\infty|-∞;x=5|5;f(x)=2x|2x;y=2x+1|1+2x;(1,2)|( 1, 2 );\left(\frac12, 3\right)|(0.5,3);\{1,2,3\}|\{3,2,1\};\{1,2\}|{2,1};1,2|2, 1;[0,1)|[0, 1)
 (-\infty, 3]|(-\infty,3];(0,1)\cup(2,3)|(2,3)\cup(0,1);(x+1)^2|x^2+2x+1;(x+1)(x-1)|x^2-1;\frac{1}{2}x|x/2;3\pm\sqrt2|3-\sqrt2, 3+\sqrt2
-\text{(C)}|C;(C)|C;\textbf{(C)}|C;\text{Yes}|yes;east|East;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3};e^{i\pi}|-1;\log_2 8|3;\binom{5}{2}|10
+\text{(C)}|C;(C)|C;\textbf{(C)}|C;\text{Yes}|yes;east|East;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3};e^{i\pi}|-1;\log_2 8|3
 \sin^2 x+\cos^2 x|1;1.41421356|\sqrt{2};x \in [1,2]|[1,2];1{,}000{,}000|10^6;\sqrt{x^2+1}|(x^2+1)^{1/2};10^{-3}|0.001;3 \text{ and } 5|5, 3
 \sqrt[3]{-8}|-2;\sin x \cos x|\cos x\sin x;\sin\pi|0;3:4|3 : 4;x=1, x=2|1, 2;5cm|5;1010_2|1010_{2};2^{-1}|\frac12;|-5|+1|6;27.0|27;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4}"""
 DIFFERENT = r"""5|6;0.33|1/3;1.414|\sqrt2;(1,2)|(2,1);(0,1)|[0,1];[0,1)|[0,1];1|-1;x|y;x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\}
@@ -202,6 +219,17 @@ def test_chunks_do_not_change_the_distribution(tiny, monkeypatch):
         samples = skpo.generate(tiny[0], tiny[1], [PROMPTS[0]], 8000, 3)[0]
         return np.bincount([s.tokens[2] for s in samples if len(s.tokens) > 2], minlength=20) / len(samples)
     assert np.abs(second_tokens(1) - second_tokens(32)).sum() / 2 < 0.03
+
+
+def test_a_small_cache_samples_in_turns(tiny, monkeypatch):
+    sizes, inner = [], tiny[0].generate
+    monkeypatch.setattr(tiny[0], "generate", lambda ids, **k: sizes.append(len(ids)) or inner(ids, **k))
+    groups = skpo.generate(tiny[0], tiny[1], PROMPTS, 3, [4, 5, 6, 7], cache_tokens=60)
+    assert [len(g) for g in groups] == [3] * 4 and max(sizes) <= 6
+    for prompt, group, budget in zip(PROMPTS, groups, [4, 5, 6, 7]):  # in order, each with its own budget
+        for s in group:
+            assert s.finished or len(s.tokens) == budget
+            assert torch.allclose(torch.tensor(s.logprobs), plain_logprobs(tiny[0], prompt, s.tokens), atol=1e-4)
 
 
 def test_greedy(tiny):
@@ -514,8 +542,8 @@ def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
     calls, updates = [], []
     generate, update = skpo.generate, skpo.update
 
-    def spy_generate(m, t, p, n, budget, temperature):
-        calls.append((p, n, budget, generate(m, t, p, n, budget, temperature)))
+    def spy_generate(m, t, p, n, budget, *rest):
+        calls.append((p, n, budget, generate(m, t, p, n, budget, *rest)))
         return calls[-1][-1]
 
     def spy_update(m, o, rows, c):
