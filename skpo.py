@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -140,8 +140,10 @@ def check_config(c):
 
 @dataclass
 class Problem:
+    """A question and its reference answer; load_data adds the prompt's token ids."""
     question: str
     answer: str
+    ids: list = None
 
 
 ASK = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -390,8 +392,8 @@ def latex_value(text, point=0):
                 break
             if tokens[-1][0].isdecimal():
                 raise ValueError("two numbers in a row")
-            inverse = take("/") or (take(r"\times") and "")
-            value = value * (power(raised(), Fraction(-1)) if inverse else raised())
+            divided = take("/", r"\times") == "/"
+            value = value * (power(raised(), Fraction(-1)) if divided else raised())
         return value
 
     def raised():
@@ -840,7 +842,7 @@ class State:
     step: int = 0
 
 
-def training_step(model, tokenizer, optimizer, problems, prompts, state, config):
+def training_step(model, tokenizer, optimizer, problems, state, config):
     """Steps 1 to 11 on B prompts. Returns the row for metrics.jsonl and a few rollouts to read."""
     c, B, G = config, config.prompts_per_step, config.group_size
     rng, bos = seed_everything(c.seed, state.step), prepended_bos(tokenizer)
@@ -848,7 +850,7 @@ def training_step(model, tokenizer, optimizer, problems, prompts, state, config)
     with autocast(c, model.device):
         # 1. Choose B distinct prompts, those of middling value most often. V is read here, before this step's update.
         chosen = choose_prompts(state.values.value, B, rng, c.explore_eps)
-        q, V = [prompts[i] for i in chosen], torch.tensor(2 * state.values.value[chosen] - 1)  # V: [B] in [-1, 1]
+        q, V = [problems[i].ids for i in chosen], torch.tensor(2 * state.values.value[chosen] - 1)  # V: [B] in [-1, 1]
         x, segments, drift, tokens = q, [], np.zeros(B), 0  # x: what the responses follow, q itself for GRPO
         if c.algo == "skpo":
             # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
@@ -947,13 +949,12 @@ def peak_memory_gb(device):
 def evaluate(model, tokenizer, problems, config):
     """avg@k: the share of right answers among k samples for each problem, from q alone, without any segment."""
     seed_everything(config.seed, 10**9)  # the same draws at every evaluation
-    prompts = [prompt_ids(tokenizer, p.question, config.template) for p in problems]
     right, k = [], config.eval_samples if config.temperature else 1
     at_once = max(1, config.prompts_per_step * config.group_size // k)  # as many rows as training has
     for i in range(0, len(problems), at_once):
         with autocast(config, model.device):
-            groups = generate(model, tokenizer, prompts[i:i + at_once], k, config.max_new_tokens, config.temperature,
-                              config.cache_tokens)
+            groups = generate(model, tokenizer, [p.ids for p in problems[i:i + at_once]], k, config.max_new_tokens,
+                              config.temperature, config.cache_tokens)
         for problem, group in zip(problems[i:], groups):
             texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
             right.append([is_correct(text, problem.answer) for text in texts])  # [P][k]
@@ -1026,16 +1027,21 @@ def load_checkpoint(out, model, optimizer, state):
         raise UserError(f"cannot resume from {out / 'checkpoint.pt'}: {brief(error)}") from None
 
 
-def eval_files(config):
-    return [f.strip() for f in config.eval_data.split(",") if f.strip()]
+def read_data(config):
+    """What the files of --data and --eval_data hold: (list[Problem] or None, {name: list[Problem]}). Read before a
+    model is loaded: a mistake in them is told at once."""
+    problems = load_problems(config.data) if config.data else None
+    if problems and config.steps and len(problems) < config.prompts_per_step:
+        raise UserError(f"{config.data} holds fewer problems than --prompts_per_step {config.prompts_per_step}: lower that")
+    paths = [f.strip() for f in config.eval_data.split(",") if f.strip()]
+    stems = [Path(f).stem for f in paths]
+    return problems, {s if stems.count(s) == 1 else f: load_problems(f) for s, f in zip(stems, paths)}
 
 
-def load_data(config, model, tokenizer):
-    """(training problems, their prompts' ids, {name: evaluation problems}). Too-long prompts are dropped, aloud."""
-    c = config
-    problems = load_problems(c.data or getattr(model.config, "problems", "arithmetic"))
-    names = eval_files(c)
-    tests = {Path(f).stem if len({Path(f).stem for f in names}) == len(names) else f: load_problems(f) for f in names}
+def prepare_data(config, problems, tests, model, tokenizer):
+    """read_data's problems with their prompts' ids; too-long prompts are dropped, aloud. Without data, those built in for
+    the model; without tests, an eighth is held out."""
+    c, problems = config, problems or builtin_problems(getattr(model.config, "problems", "arithmetic"))
     if not tests and not c.steps:
         tests = {"data": problems}
     elif not tests and c.eval_every:
@@ -1045,9 +1051,10 @@ def load_data(config, model, tokenizer):
         problems = [problems[i] for i in sorted(order[held:])]
 
     def short(problems, name):
-        fits = [p for p in problems if 0 < len(prompt_ids(tokenizer, p.question, c.template)) <= c.max_prompt_tokens]
-        if len(fits) < len(problems):
-            print(f"{name}: dropped {len(problems) - len(fits)} of {len(problems)} problems, "
+        whole = [replace(p, ids=prompt_ids(tokenizer, p.question, c.template)) for p in problems]
+        fits = [p for p in whole if 0 < len(p.ids) <= c.max_prompt_tokens]
+        if len(fits) < len(whole):
+            print(f"{name}: dropped {len(whole) - len(fits)} of {len(whole)} problems, "
                   f"their prompts longer than {c.max_prompt_tokens} tokens")
         return fits
     problems, tests = short(problems, "training"), {name: short(p, name) for name, p in tests.items()}
@@ -1056,22 +1063,20 @@ def load_data(config, model, tokenizer):
                         "lower it, or bring more problems")
     if not all(tests.values()):
         raise UserError("an evaluation set has no problems left: raise --max_prompt_tokens")
-    return problems, [prompt_ids(tokenizer, p.question, c.template) for p in problems], tests
+    return problems, tests
 
 
 def train(config):
     """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that."""
     c = config
     check_config(c)
-    for f in filter(None, [c.data, *eval_files(c)]):  # a broken file is found before a model is loaded
-        if len(load_problems(f)) < c.prompts_per_step and c.steps and f == c.data:
-            raise UserError(f"{f} holds fewer problems than --prompts_per_step {c.prompts_per_step}: lower that")
+    data = read_data(c)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     out = open_run(c)
     try:
         model, tokenizer = load_model(c)
-        problems, prompts, tests = load_data(c, model, tokenizer)
+        problems, tests = prepare_data(c, *data, model, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay)
         state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
         if c.resume:
@@ -1102,7 +1107,7 @@ def train(config):
             if STOP and not state.step:
                 sys.exit(130)  # nothing to save yet
             state.step += 1
-            row, reading = training_step(model, tokenizer, optimizer, problems, prompts, state, c)
+            row, reading = training_step(model, tokenizer, optimizer, problems, state, c)
             append(out / "metrics.jsonl", row)
             for r in reading:
                 append(out / "samples.jsonl", r)

@@ -81,13 +81,15 @@ def test_data_is_held_out_dropped_aloud_and_named(tiny, tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.jsonl").write_text('{"question": "12", "answer": "3"}\n{"question": "%s", "answer": "3"}\n' % ("1" * 30))
     both = f"{tmp_path}/a/test.jsonl, {tmp_path}/b/test.jsonl"
-    problems, prompts, tests = skpo.load_data(config(eval_data=both, max_prompt_tokens=20), *tiny)
-    assert len(tests) == 2 and all(len(t) == 1 for t in tests.values()) and len(problems) == len(prompts) == 2048
+    c = config(eval_data=both, max_prompt_tokens=20)
+    problems, tests = skpo.prepare_data(c, *skpo.read_data(c), *tiny)
+    assert len(tests) == 2 and all(len(t) == 1 for t in tests.values()) and len(problems) == 2048
+    assert problems[0].ids == skpo.prompt_ids(tiny[1], problems[0].question)
     assert capsys.readouterr().out.count("dropped 1 of 2 problems") == 2
-    problems, prompts, tests = skpo.load_data(config(), *tiny)
+    problems, tests = skpo.prepare_data(config(), None, {}, *tiny)
     assert len(problems) == 1792 and len(tests["held-out"]) == 256
     assert not {p.question for p in problems} & {p.question for p in tests["held-out"]}
-    assert skpo.load_data(config(seed=1), *tiny)[2] == tests  # the same for every seed
+    assert skpo.prepare_data(config(seed=1), None, {}, *tiny)[1] == tests  # the same for every seed
 
 
 def test_builtin_problems_are_right():
@@ -404,38 +406,26 @@ def loss_inputs():
     return logprobs, old, torch.tensor([1.5, -0.7, 0.4, -2.0]), mask, torch.tensor([0.1, 0.2, 0.3, 0.05])
 
 
-def test_downstream_loss_and_gradient_against_a_loop():
+@pytest.mark.parametrize("loss_function, high", [(skpo.downstream_loss, 1.28), (skpo.upstream_loss, 1.2)])
+def test_losses_and_gradients_against_a_loop(loss_function, high):
     logprobs, old, A, mask, w = loss_inputs()
-    total, gradient, clipped = 0.0, np.zeros((4, 5)), 0
-    for i in range(4):
-        for t in range(5):
-            if mask[i, t]:
-                r = math.exp(logprobs[i, t] - old[i, t])
-                clipped += not 0.8 <= r <= 1.28
-                r = min(max(r, 0.8), 1.28)
-                total += -w[i].item() * r * A[i].item() * logprobs[i, t].item()
-                gradient[i, t] = -w[i].item() * r * A[i].item()  # also where clipped
+    total, gradient, beyond = 0.0, np.zeros((4, 5)), 0
+    for i, t in mask.nonzero().tolist():
+        r, a, v = math.exp(logprobs[i, t] - old[i, t]), A[i].item(), w[i].item()
+        clipped = min(max(r, 0.8), high)
+        if loss_function is skpo.downstream_loss:  # a clipped token keeps its gradient
+            total += -v * clipped * a * logprobs[i, t].item()
+            gradient[i, t] = -v * clipped * a
+            beyond += clipped != r
+        else:  # a token clipped in its advantage's direction loses it
+            total += -v * min(r * a, clipped * a)
+            dead = a > 0 and r > high or a < 0 and r < 0.8
+            gradient[i, t] = 0 if dead else -v * r * a
+            beyond += dead
     logprobs.requires_grad_()
-    loss = skpo.downstream_loss(logprobs, old, A, mask, w, 0.2, 0.28)
+    loss = loss_function(logprobs, old, A, mask, w, 0.2, high - 1)
     loss.backward()
-    assert clipped > 3 and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
-
-
-def test_upstream_loss_and_gradient_against_a_loop():
-    logprobs, old, A, mask, w = loss_inputs()
-    total, gradient, lost = 0.0, np.zeros((4, 5)), 0
-    for i in range(4):
-        for t in range(5):
-            if mask[i, t]:
-                r, a, v = math.exp(logprobs[i, t] - old[i, t]), A[i].item(), w[i].item()
-                total += -v * min(r * a, min(max(r, 0.8), 1.2) * a)
-                dead = a > 0 and r > 1.2 or a < 0 and r < 0.8
-                lost += dead
-                gradient[i, t] = 0 if dead else -v * r * a
-    logprobs.requires_grad_()
-    loss = skpo.upstream_loss(logprobs, old, A, mask, w, 0.2, 0.2)
-    loss.backward()
-    assert lost > 1 and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
+    assert beyond > 1 and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -536,8 +526,8 @@ def test_no_signal_no_step(tiny):
 def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
     model, tokenizer = copy.deepcopy(warm[0]), warm[1]
     c = config(prompts_per_step=4, minibatches=2)
-    problems = skpo.load_problems("sums")[:8]
-    prompts = [skpo.prompt_ids(tokenizer, p.question) for p in problems]
+    problems = [replace(p, ids=skpo.prompt_ids(tokenizer, p.question)) for p in skpo.load_problems("sums")[:8]]
+    prompts = [p.ids for p in problems]
     state = skpo.State(Tracker(8, 0.5), Tracker(8, c.init_length), {}, step=1)
     calls, updates = [], []
     generate, update = skpo.generate, skpo.update
@@ -551,7 +541,7 @@ def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
         return update(m, o, rows, c)
     monkeypatch.setattr(skpo, "generate", spy_generate)
     monkeypatch.setattr(skpo, "update", spy_update)
-    row, reading = skpo.training_step(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4), problems, prompts, state, c)
+    row, reading = skpo.training_step(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4), problems, state, c)
     (q, n1, stops, _), (x, n2, limit, responses) = calls
     assert n1 == n2 == 8 and limit == c.max_new_tokens and all(1 <= t <= 5 for t in stops)
     chosen = [prompts.index(p) for p in q]
@@ -632,7 +622,7 @@ def test_the_default_run_learns(quick, tmp_path, capsys):
     for words in ("held-out 256", "before", "after", "segment", "reward  ", "model/"):
         assert words in screen
     model, tokenizer = skpo.load_model(Config(model=str(out / "model")))  # an ordinary transformers folder
-    again = skpo.evaluate(model, tokenizer, skpo.load_data(config(), model, tokenizer)[2]["held-out"], config())
+    again = skpo.evaluate(model, tokenizer, skpo.prepare_data(config(), None, {}, model, tokenizer)[1]["held-out"], config())
     assert again["accuracy"] == scores[-1]["accuracy"]
 
 
