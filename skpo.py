@@ -29,14 +29,20 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # one process under torchrun shows the progress
 import mpmath  # sympy's own arithmetic
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
@@ -63,6 +69,10 @@ class Config:
     eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': held-out ones of data")
     out: str = HfArg(default="", help="folder of this run; '': a new one under runs/")
     algo: Literal["skpo", "grpo"] = HfArg(default="skpo", help="grpo: no upstream, G responses straight from q")
+    ablation: Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"] = HfArg(
+        default="none", help="a row of the paper's Table 2")
+    analysis: Literal["none", "signs", "shortcut"] = HfArg(
+        default="none", help="a table instead of a run: signs, Appendix A.2; shortcut, Figure 3 on --model")
     steps: int = HfArg(default=500, help="training steps; 0: evaluation alone")
     prompts_per_step: int = HfArg(default=128, help="B, prompts in a step")
     minibatches: int = HfArg(default=4, help="optimiser steps per training step, each on B / minibatches prompts")
@@ -94,7 +104,7 @@ class Config:
     device: str = HfArg(default="", help="cpu, cuda, cuda:1, mps; '': cuda if there is one")
     seed: int = HfArg(default=0, help="the same seed on the same machine gives the same numbers")
     eval_every: int = HfArg(default=50, help="steps between evaluations, first and last step included; 0: never")
-    eval_samples: int = HfArg(default=4, help="k of avg@k, samples per evaluation problem")
+    eval_samples: int = HfArg(default=4, help="k of avg@k, pass@k and maj@k, samples per evaluation problem")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0: none")
     resume: bool = HfArg(default=False, help="continue the run in --out from its checkpoint")
 
@@ -126,7 +136,9 @@ def check_config(c):
         raise UserError("the embedded model reads only its own problems: name a --model for --data and --eval_data")
     if c.steps and not c.temperature:
         raise UserError("--temperature 0 is greedy: good for evaluation (--steps 0), but it teaches nothing")
-    for name in ("algo", "template", "dtype"):
+    if c.ablation != "none" and c.algo != "skpo":
+        raise UserError(f"--ablation {c.ablation} changes SKPO: leave out --algo {c.algo}")
+    for name in ("algo", "ablation", "analysis", "template", "dtype"):
         choices = next(f.type for f in fields(Config) if f.name == name).__args__
         if getattr(c, name) not in choices:
             raise UserError(f"--{name} must be one of {', '.join(choices)}, not {getattr(c, name)!r}")
@@ -570,9 +582,9 @@ class Recorder(LogitsProcessor):
 
 
 def pad(sequences, left=False, value=0):
-    """Lists of ids -> (ids [N, T], mask [N, T]), padded at the right or the left. The mask is of lengths, never of
-    values: a pad id may be an EOS id."""
-    width = max(map(len, sequences))
+    """Lists of ids -> (ids [N, T], mask [N, T]), T at least 1, padded at the right or the left. The mask is of lengths,
+    never of values: a pad id may be an EOS id."""
+    width = max(1, *map(len, sequences))
     fill = [width - len(s) for s in sequences]
     ids = [[value] * f + list(s) if left else list(s) + [value] * f for s, f in zip(sequences, fill)]
     mask = [[0] * f + [1] * len(s) if left else [1] * len(s) + [0] * f for s, f in zip(sequences, fill)]
@@ -635,17 +647,17 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cach
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
     """log pi(o_t | prompt, o_<t) of each response token, with gradients. prompts and responses: N lists of ids each.
-    Returns (logprobs [N, T] in nats, 0 where padded, and mask [N, T]). Equal prompts are run once: the cache carries
-    gradients, so the rows share one forward of all but the prompt's last token, which opens every row instead."""
+    Returns logprobs, entropy, polarity (chunked_logprobs) and mask, all [N, T], 0 where padded. Equal prompts are run
+    once: the cache carries gradients, so the rows share one forward of all but the prompt's last token, which opens
+    every row instead."""
     device = model.device
     shared = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     owner = torch.tensor([shared[tuple(p)] for p in prompts], device=device)  # [N]
     cache = DynamicCache(config=model.config)
     prefix, prefix_mask = (x.to(device) for x in pad([p[:-1] for p in shared], left=True))  # [P, S]
-    if prefix.shape[1]:
-        model.base_model(prefix, attention_mask=prefix_mask, position_ids=(prefix_mask.cumsum(1) - 1).clamp(0),
-                         past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(owner)  # P -> N rows
+    model.base_model(prefix, attention_mask=prefix_mask, position_ids=(prefix_mask.cumsum(1) - 1).clamp(0),
+                     past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(owner)  # P -> N rows
     before = prefix_mask[owner]  # [N, S]
     ids, mask = (x.to(device) for x in pad([[p[-1], *o[:-1]] for p, o in zip(prompts, responses)]))  # [N, T]
     positions = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=device)
@@ -653,18 +665,27 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
                               past_key_values=cache, use_cache=True).last_hidden_state  # [N, T, D]
     mask = mask.bool()
     targets = pad(responses)[0].to(device)[mask]  # [sum of lengths]
-    packed = chunked_logprobs(model.get_output_embeddings(), hidden[mask], targets, temperature)
-    return packed.new_zeros(mask.shape).masked_scatter(mask, packed), mask
+    packed = chunked_logprobs(model.get_output_embeddings(), hidden[mask], targets, temperature)  # 3 x [sum of lengths]
+    return *(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in packed), mask
 
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """log softmax(head(hidden) / temperature) at targets: hidden [M, D], targets [M] -> [M], float32 nats. A chunk's
-    logits [chunk, V] live only while they are used: the backward pass computes them again."""
-    def piece(h, t):
+    """Of p = softmax(head(hidden) / temperature), hidden [M, D], three tensors [M], float32: log p[target] in nats, with
+    gradients; the entropy H of p; and the polarity sum_k p_k^2 (log p_k + H) - p_a (log p_a + H), a = target: how H
+    changes, to first order, if the logits take a policy-gradient step of weight 1 on a (arXiv 2605.11775).
+    A chunk's logits [chunk, V] live only while they are used: the backward pass computes them again."""
+    def piece(h, a):
         logits = head(h).float() / temperature  # [m, V]
-        return logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(1)  # [m]
+        normaliser = logits.logsumexp(1)  # [m]
+        logprobs = logits.gather(1, a[:, None]).squeeze(1) - normaliser  # [m]
+        with torch.no_grad():  # after all that has a gradient: the backward pass ends its recomputation before this
+            over_V, log_p = partial(torch.einsum, "mv,mv->m"), logits - normaliser[:, None]  # [m, V]
+            p = log_p.exp()  # [m, V]
+            H, p_p = -over_V(p, log_p), over_V(p, p)  # [m] each
+            polarity = over_V(p.square_(), log_p) + p_p * H - logprobs.exp() * (logprobs + H)  # [m]
+        return logprobs, H, polarity
     chunks = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in chunks])
+    return [torch.cat(x) for x in zip(*(checkpoint(piece, h, a, use_reentrant=False) for h, a in chunks))]
 
 
 # ---- Upstream, phase I (Section 3.2): split, cut, select; and the skip connection -----------------------------------
@@ -681,11 +702,11 @@ def cut_segment(sample):
     return Sample(sample.tokens[:half], sample.logprobs[:half], False) if sample.finished else sample
 
 
-def select_segment(segments):
-    """The index of the Sample whose mean surprise d = mean_t -log pi(s_t | q, s_<t) is nearest to the median of all;
-    the first on a tie. G segments in, one out: the others cost no second batch."""
+def select_segment(segments, middle=np.median):
+    """The index of the Sample whose mean surprise d = mean_t -log pi(s_t | q, s_<t) is nearest to the median of all
+    (or, in the ablation, their min or max); the first on a tie. G segments in, one out: the others cost no second batch."""
     d = np.array([-np.mean(s.logprobs) for s in segments])  # [G], nats per token
-    gap = np.abs(d - np.median(d))
+    gap = np.abs(d - middle(d))
     return int(np.flatnonzero(gap <= gap.min() + 1e-9)[0])  # with G even, two are equally near but for rounding
 
 
@@ -795,29 +816,37 @@ def micro_batches(prompts, responses, limit):
 def update(model, optimizer, rows, config):
     """One optimiser step on the rows of a mini-batch (step 9). Rows without an advantage add nothing to the gradient:
     they count in the weights of the others, and are not run. Returns sums for the log."""
-    log, rows = Counter(), [r for r in rows if r.advantage]
+    log, rows = Counter(updates=1), [r for r in rows if r.advantage]
     w_down = config.w_down if config.algo == "skpo" else 1.0
-    prompts, tokens = [r.prompt for r in rows], [r.sample.tokens for r in rows]
-    for batch in micro_batches(prompts, tokens, pass_tokens(config, model)):
+    cut = micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], pass_tokens(config, model))
+    passes, idle = [[rows[i] for i in batch] for batch in cut], Row([0], Sample([0], [0.0], False), 0.0, 0.0, False)
+    passes += [[idle]] * (max(everyone(len(passes))) - len(passes))  # torchrun only: all processes make as many
+    for batch in passes:
         with autocast(config, model.device):
-            logprobs, mask = response_logprobs(model, [prompts[i] for i in batch], [tokens[i] for i in batch],
-                                               config.temperature)  # [N, T]
-        old = logprobs.new_tensor([p for i in batch for p in rows[i].sample.logprobs])
+            logprobs, entropy, polarity, mask = response_logprobs(
+                model, [r.prompt for r in batch], [r.sample.tokens for r in batch], config.temperature)  # [N, T] each
+        logprobs.retain_grad()
+        old = logprobs.new_tensor([p for r in batch for p in r.sample.logprobs])
         old = torch.zeros_like(logprobs).masked_scatter(mask, old)  # [N, T], 0 where padded
-        A, weight = logprobs.new_tensor([(rows[i].advantage, rows[i].weight) for i in batch]).T  # [N] each
-        up = torch.tensor([[rows[i].upstream] for i in batch], device=mask.device)  # [N, 1]: which loss is a row's
+        A, weight = logprobs.new_tensor([(r.advantage, r.weight) for r in batch]).T  # [N] each
+        up = torch.tensor([[r.upstream] for r in batch], device=mask.device)  # [N, 1]: which loss is a row's
         loss_up = upstream_loss(logprobs, old, A, mask & up, weight, config.clip_low, config.clip_low)
         loss_down = downstream_loss(logprobs, old, A, mask & ~up, weight, config.clip_low, config.clip_high)
         (config.w_up * loss_up + w_down * loss_down).backward()
-        with torch.no_grad():
-            ratio = (logprobs - old).exp()
+        if batch[0] is not idle:
+            ratio = (logprobs.detach() - old).exp()  # [N, T]
             clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + torch.where(up, config.clip_low, config.clip_high))
-            log += Counter(tokens=mask.sum().item(), ratio=ratio[mask].sum().item(), clipped=clipped[mask].sum().item())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+            expands = -logprobs.grad * polarity  # [N, T]: minus the loss's gradient is the weight of a token's step
+            log.update(tokens=mask.sum().item(), ratio=ratio[mask].sum().item(), clipped=clipped[mask].sum().item(),
+                       entropy=entropy.sum().item(), polarity_up=(expands * up).sum().item(),
+                       polarity_down=(expands * ~up).sum().item())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = (norm.full_tensor() if processes() > 1 else norm).item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    return log + Counter(grad_norm=norm if math.isfinite(norm) else 0, skipped=not math.isfinite(norm), updates=1)
+    log.update(grad_norm=norm if math.isfinite(norm) else 0, skipped=not math.isfinite(norm))
+    return log
 
 
 def pass_tokens(config, model):
@@ -843,71 +872,86 @@ class State:
 
 
 def training_step(model, tokenizer, optimizer, problems, state, config):
-    """Steps 1 to 11 on B prompts. Returns the row for metrics.jsonl and a few rollouts to read."""
-    c, B, G = config, config.prompts_per_step, config.group_size
-    rng, bos = seed_everything(c.seed, state.step), prepended_bos(tokenizer)
-    start = time.perf_counter()
+    """Steps 1 to 11 on B prompts. Returns the row for metrics.jsonl and a few rollouts to read. This process samples M
+    of the prompts, `mine`: all B, in order, but under torchrun."""
+    c, B, G, even = config, config.prompts_per_step, config.group_size, state.step % 2 == 0
+    start, rng, bos = time.perf_counter(), seed_everything(c.seed, state.step), prepended_bos(tokenizer)
+    sample = partial(generate, model, tokenizer, temperature=c.temperature, cache_tokens=c.cache_tokens)
+
+    def reward(i, ids):
+        return 1.0 if is_correct(tokenizer.decode(ids, skip_special_tokens=True), problems[i].answer) else -1.0
+    # 1. Choose B distinct prompts, those of middling value most often. V and L_q are read here, before their update.
+    chosen = choose_prompts(state.values.value, B, rng, c.explore_eps)
+    V, L_q = torch.tensor(2 * state.values.value[chosen] - 1), state.lengths.value[chosen]  # [B]: in [-1, 1]; tokens
+    mine = share(L_q, c.minibatches)  # [M]
+    q = [problems[i].ids for i in chosen[mine]]
+    x, kept, drift, drawn = q, [None] * len(q), [0.0] * len(q), []  # x: what the responses follow, q itself for GRPO
     with autocast(c, model.device):
-        # 1. Choose B distinct prompts, those of middling value most often. V is read here, before this step's update.
-        chosen = choose_prompts(state.values.value, B, rng, c.explore_eps)
-        q, V = [problems[i].ids for i in chosen], torch.tensor(2 * state.values.value[chosen] - 1)  # V: [B] in [-1, 1]
-        x, segments, drift, tokens = q, [], np.zeros(B), 0  # x: what the responses follow, q itself for GRPO
         if c.algo == "skpo":
             # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
-            L_q = state.lengths.value[chosen]  # [B]
-            t_q = [min(split_position(L, rng, c.split_low, c.split_high), c.max_new_tokens) for L in L_q]
-            drawn = generate(model, tokenizer, q, G, t_q, c.temperature, c.cache_tokens)  # [B][G]
-            tokens += sum(len(s.tokens) for group in drawn for s in group)
+            low, high = c.split_low, c.split_high
+            if c.ablation == "fixed_split":
+                low = high = low if even else high
+            t_q = [min(split_position(L, rng, low, high), c.max_new_tokens) for L in L_q]  # [B]
+            drawn = sample(q, G, [t_q[b] for b in mine])  # [M][G]
             # 3. Select the segment of median surprise.
-            segments = [group[select_segment(group)] for group in [[cut_segment(s) for s in group] for group in drawn]]
+            middle = np.median if c.ablation != "extreme_selection" else np.min if even else np.max
+            cut = [[cut_segment(s) for s in group] for group in drawn]
+            kept = [group[select_segment(group, middle)] for group in cut]  # [M]
             # 4. Skip connection: the segment first, then the whole prompt.
-            x = [skip_prompt(s.tokens, p, bos) for s, p in zip(segments, q)]
+            x = [skip_prompt(s.tokens, p, bos) if c.ablation != "no_skip" else p + s.tokens for s, p in zip(kept, q)]
             # (11.) How far pi has moved since its last visit: by the pi that samples now, so before the update.
-            drift = policy_drift(model, q, [state.kept.get(i) for i in chosen], c)  # [B]
+            drift = policy_drift(model, q, [state.kept.get(i) for i in chosen[mine]], c)  # [M]
         # 5. Downstream: G complete responses from [s, q].
-        responses = generate(model, tokenizer, x, G, c.max_new_tokens, c.temperature, c.cache_tokens)  # [B][G]
-        tokens += sum(len(o.tokens) for group in responses for o in group)
+        responses = sample(x, G, c.max_new_tokens)  # [M][G]
+        # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
+        ahead = [s.tokens if c.ablation == "no_skip" else [] for s in kept]  # what a response goes on from
+        rewards = [[reward(i, a + o.tokens) for o in group] for i, a, group in zip(chosen[mine], ahead, responses)]  # [M][G]
+        values = monte_carlo_value(torch.tensor(rewards)).tolist()  # [M]
+        if c.ablation == "no_mc":  # the reward of one continuation of the segment's own
+            own = sample([p + s.tokens for p, s in zip(q, kept)], 1, c.max_new_tokens)  # [M][1]
+            values, drawn = [reward(i, s.tokens + o.tokens) for i, s, (o,) in zip(chosen[mine], kept, own)], drawn + own
+    lengths = [np.mean([len(a + o.tokens) for o in group]) for a, group in zip(ahead, responses)]  # [M]
+    truncated = [np.mean([not o.finished for o in group]) for group in responses]  # [M]
     rollout_seconds = time.perf_counter() - start
-    # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
-    texts = [[tokenizer.decode(o.tokens, skip_special_tokens=True) for o in group] for group in responses]
-    rewards = torch.tensor([[1.0 if is_correct(text, problems[i].answer) else -1.0 for text in group]
-                            for i, group in zip(chosen, texts)])  # [B, G]
-    values = monte_carlo_value(rewards)  # [B]
+    rewards, values, lengths, truncated, drift, kept = gather(mine, rewards, values, lengths, truncated, drift, kept)  # M -> B
     # 7. and 8. Advantages, downstream within the group, upstream against the running value.
-    down = group_advantages(rewards).tolist()  # [B][G]
-    up = upstream_advantages(values.double(), V).tolist()  # [B]
+    down = group_advantages(torch.tensor(rewards)).tolist()  # [B][G]
+    up = upstream_advantages(torch.tensor(values).double(), V).tolist()  # [B]
     # 9. and 10. The losses, and one optimiser step per mini-batch of prompts.
-    update_start, log = time.perf_counter(), Counter()
+    update_start, log = time.perf_counter(), Counter(sampled=sum(len(s.tokens) for group in drawn + responses for s in group))
     lr = optimizer.param_groups[0]["lr"] = c.lr * min(1.0, state.step / max(1, c.warmup_steps))
     for part in np.split(np.arange(B), c.minibatches):
         rows = []
-        for b in part:
-            weight = 1 / (sum(len(o.tokens) for o in responses[b]) * len(part))
-            rows += [Row(x[b], o, A, weight, False) for o, A in zip(responses[b], down[b])]
-            if segments:
-                rows.append(Row(q[b], segments[b], up[b], 1 / (len(segments[b].tokens) * len(part)), True))
-        log += update(model, optimizer, rows, c)
+        for b, prompt, x_b, group in zip(mine, q, x, responses):
+            if b in part:
+                weight = 1 / (sum(len(o.tokens) for o in group) * len(part))
+                rows += [Row(x_b, o, A, weight, False) for o, A in zip(group, down[b])]
+                if kept[b]:
+                    rows.append(Row(prompt, kept[b], up[b], 1 / (len(kept[b].tokens) * len(part)), True))
+        log.update(update(model, optimizer, rows, c))
     # 11. Trackers: the observed value and length; the segment is kept to measure how far pi moves until next time.
-    lengths = [np.mean([len(o.tokens) for o in group]) for group in responses]
-    state.values.update(chosen, (values.numpy() + 1) / 2, drift)
+    state.values.update(chosen, (np.array(values) + 1) / 2, drift)
     state.lengths.update(chosen, lengths, drift)
-    state.kept.update(zip(chosen.tolist(), segments))
+    state.kept.update((i, s) for i, s in zip(chosen.tolist(), kept) if s)
 
-    seconds, mean = time.perf_counter() - start, lambda xs: float(np.mean(xs))
+    skipped, seconds, mean = log["skipped"], time.perf_counter() - start, lambda xs: float(np.mean(xs))
+    log = total(log)
+    per_token = lambda name: log[name] / log["tokens"] if log["tokens"] else None  # None: nothing was trained on
     metrics = dict(
-        step=state.step, reward=rewards.mean().item(), mc_value=values.mean().item(),
-        accuracy=mean(rewards.numpy() > 0),
-        zero_advantage=mean([not any(A) for A in down]), segment_tokens=mean([len(s.tokens) for s in segments] or [0]),
-        response_tokens=mean(lengths), truncated=mean([not o.finished for group in responses for o in group]),
-        clip_fraction=log["clipped"] / max(1, log["tokens"]), ratio=log["ratio"] / log["tokens"] if log["tokens"] else 1,
-        grad_norm=log["grad_norm"] / log["updates"], skipped=log["skipped"], lr=lr, tokens=tokens, seconds=seconds,
-        rollout_seconds=rollout_seconds, update_seconds=time.perf_counter() - update_start,
-        tokens_per_second=tokens / seconds, peak_memory_gb=peak_memory_gb(model.device))
-    reading = [dict(step=state.step, question=problems[i].question, answer=problems[i].answer,
-                    prompt=tokenizer.decode(x[b]), segment=tokenizer.decode(segments[b].tokens) if segments else "",
-                    value=values[b].item(),
-                    responses=[dict(text=text, reward=r) for text, r in zip(texts[b], rewards[b].tolist())])
-               for b, i in enumerate(chosen[:2])]
+        step=state.step, reward=mean(rewards), mc_value=mean(values), accuracy=mean(np.array(rewards) > 0),
+        zero_advantage=mean([not any(A) for A in down]), segment_tokens=mean([len(s.tokens) if s else 0 for s in kept]),
+        response_tokens=mean(lengths), truncated=mean(truncated), clip_fraction=per_token("clipped"),
+        ratio=per_token("ratio"), entropy=per_token("entropy"), polarity_up=log["polarity_up"] / c.minibatches,
+        polarity_down=log["polarity_down"] / c.minibatches, grad_norm=log["grad_norm"] / log["updates"],
+        skipped=skipped, lr=lr, tokens=log["sampled"], seconds=seconds, rollout_seconds=rollout_seconds,
+        update_seconds=time.perf_counter() - update_start, tokens_per_second=log["sampled"] / seconds,
+        peak_memory_gb=peak_memory_gb(model.device))
+    reading = [dict(step=state.step, question=problems[chosen[b]].question, answer=problems[chosen[b]].answer,
+                    prompt=tokenizer.decode(x_b), segment=tokenizer.decode(kept[b].tokens) if kept[b] else "",
+                    value=values[b], responses=[dict(text=tokenizer.decode(o.tokens, skip_special_tokens=True), reward=r)
+                                                for o, r in zip(group, rewards[b])])
+               for b, x_b, group in list(zip(mine, x, responses))[:2]]
     return metrics, reading
 
 
@@ -918,8 +962,8 @@ def policy_drift(model, prompts, kept, config):
     prompts, kept = [prompts[b] for b in again], [kept[b] for b in again]
     with torch.no_grad():
         for batch in micro_batches(prompts, [s.tokens for s in kept], pass_tokens(config, model)):
-            now, _ = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch],
-                                       config.temperature)  # [N, T]
+            now = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch],
+                                    config.temperature)[0]  # [N, T]
             for i, logprobs in zip(batch, now.tolist()):
                 drift[again[i]] = np.mean(np.abs(np.subtract(kept[i].logprobs, logprobs[:len(kept[i].tokens)])))
     return drift
@@ -927,9 +971,9 @@ def policy_drift(model, prompts, kept, config):
 
 def seed_everything(seed, step):
     """Each step's random numbers depend on the seed and the step alone: a resumed run needs no others. NumPy's come
-    back, torch's are set."""
+    back, the same for all processes; torch's are set, for each process others."""
     rng = np.random.default_rng([seed, step])
-    torch.manual_seed(int(rng.integers(2**62)))
+    torch.manual_seed(int(rng.integers(2**62)) + rank())
     return rng
 
 
@@ -947,18 +991,175 @@ def peak_memory_gb(device):
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, problems, config):
-    """avg@k: the share of right answers among k samples for each problem, from q alone, without any segment."""
+    """From k samples for each problem, of q alone, without any segment: avg@k, the share of right answers; pass@j, that of
+    problems with one right in j samples; maj@k, that of problems whose most frequent answer is right."""
     seed_everything(config.seed, 10**9)  # the same draws at every evaluation
-    right, k = [], config.eval_samples if config.temperature else 1
-    at_once = max(1, config.prompts_per_step * config.group_size // k)  # as many rows as training has
-    for i in range(0, len(problems), at_once):
+    mine, k = np.arange(rank(), len(problems), processes()), config.eval_samples if config.temperature else 1
+    at_once, right, majority = max(1, config.prompts_per_step * config.group_size // k), [], []
+    for part in (mine[i:i + at_once] for i in range(0, len(mine), at_once)):  # as many rows as training has
         with autocast(config, model.device):
-            groups = generate(model, tokenizer, [p.ids for p in problems[i:i + at_once]], k, config.max_new_tokens,
+            groups = generate(model, tokenizer, [problems[i].ids for i in part], k, config.max_new_tokens,
                               config.temperature, config.cache_tokens)
-        for problem, group in zip(problems[i:], groups):
+        for i, group in zip(part, groups):
             texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
-            right.append([is_correct(text, problem.answer) for text in texts])  # [P][k]
-    return dict(accuracy=float(np.mean(right)), samples=k, problems=len(problems))
+            right.append([is_correct(text, problems[i].answer) for text in texts])  # [M][k]
+            vote = majority_vote([extract_answer(text) for text in texts])
+            majority.append(vote is not None and right[-1][vote])  # [M]
+    right, majority = gather(mine, right, majority)  # M -> P
+    pass_at = {j: float(np.mean([pass_at_k(k, sum(r), j) for r in right])) for j in sorted({1, k} | {2**i for i in range(12) if 2**i < k})}
+    return dict(accuracy=float(np.mean(right)), pass_at=pass_at, majority=float(np.mean(majority)), samples=k,
+                problems=len(problems))
+
+
+def pass_at_k(n, right, k):
+    """The chance that k of n samples, `right` of them right, hold a right one: 1 - C(n - right, k) / C(n, k), unbiased."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def same_answers(answers):
+    """For each of k answers (text, None without a box) the index of the first one equal to it, as the grader sees it."""
+    equal = lambda a, b: a == b or None not in (a, b) and same_answer(a, b)
+    firsts = []
+    for i, a in enumerate(answers):
+        firsts.append(next((j for j in dict.fromkeys(firsts) if equal(a, answers[j])), i))
+    return firsts
+
+
+def majority_vote(answers):
+    """The index of the first answer among the most frequent ones; None if there is no answer."""
+    votes = Counter(i for i, a in zip(same_answers(answers), answers) if a is not None)
+    return votes.most_common(1)[0][0] if votes else None
+
+
+# ---- Analyses (Section 4.1, Appendix A): tables that need no training -----------------------------------------------
+
+def sign_accuracy(rates, n, rng):
+    """Appendix A.2: how well n continuations per prefix tell which prefixes are better than their group's mean.
+    rates [trials, G]: true success rates. Returns (share of single signs right, share of trials with all G right)."""
+    hits = rng.binomial(n, rates)  # [trials, G]
+    right = (hits * rates.shape[1] > hits.sum(1, keepdims=True)) == (rates > rates.mean(1, keepdims=True))  # [trials, G]
+    return right.mean(), right.all(1).mean()
+
+
+def signs_table(spreads=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4), samples=(8, 32, 128, 512, 2048), G=8, trials=4000, seed=0):
+    """Rows {spread, n=8, n=32, ...}: the share of groups with all G signs right. True rates ~ Normal(0.5, spread)."""
+    rng, table = np.random.default_rng(seed), []
+    for spread in spreads:
+        rates = np.clip(rng.normal(0.5, spread, (trials, G)), 0, 1)
+        table.append({"spread": spread} | {f"n={n}": float(sign_accuracy(rates, n, rng)[1]) for n in samples})
+    return table
+
+
+def shortcut_table(model, tokenizer, problems, config):
+    """Section 4.1, Figure 3: what a segment does to the responses of a model as it is. For six positions in a full
+    response, and G responses after nothing (q), after the segment (q + s) and behind the skip connection ([s, q]): the
+    number of distinct final answers, the share of groups with equal rewards, the mean length of what was sampled."""
+    c, bos, table = config, prepended_bos(tokenizer), []
+    seed_everything(c.seed, 0)
+
+    def measure(position, condition, prompts, segments):
+        with autocast(c, model.device):
+            groups = generate(model, tokenizer, prompts, c.group_size, c.max_new_tokens, c.temperature, c.cache_tokens)
+        ahead = segments if condition == "continual" else [[]] * len(prompts)
+        texts = [[tokenizer.decode(a + o.tokens, skip_special_tokens=True) for o in g] for a, g in zip(ahead, groups)]
+        right = np.array([[is_correct(t, p.answer) for t in g] for p, g in zip(problems, texts)])  # [P, G]
+        distinct = [len(set(same_answers([extract_answer(t) for t in g]))) for g in texts]
+        table.append(dict(position=round(position, 3), condition=condition, segment=float(np.mean([len(s) for s in segments])),
+                          diversity=float(np.mean(distinct)), zero_advantage=float(np.mean(right.all(1) | ~right.any(1))),
+                          response=float(np.mean([len(o.tokens) for g in groups for o in g])), accuracy=float(right.mean())))
+    q = [p.ids for p in problems]
+    with autocast(c, model.device):
+        whole = [g[0].tokens for g in generate(model, tokenizer, q, 1, c.max_new_tokens, c.temperature, c.cache_tokens)]
+    measure(0.0, "unconditional", q, [[]] * len(q))
+    for position in tqdm(np.linspace(1 / 6, 1 / 2, 6), "positions", leave=False, disable=None):
+        segments = [o[:max(1, round(position * len(o)))] for o in whole]
+        measure(position, "continual", [p + s for p, s in zip(q, segments)], segments)
+        measure(position, "skip", [skip_prompt(s, p, bos) for p, s in zip(q, segments)], segments)
+    return table
+
+
+def print_table(rows):
+    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+# ---- Several processes (torchrun). The reader of the algorithm can skip this: with one process nothing happens here. -
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(config):
+    """Under torchrun: one process per GPU (or several on the CPU, for tests), of which the first one prints."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
+        cuda = (config.device or "cuda") == "cuda" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def shard(model, config):
+    """FSDP2: of weights, gradients and optimiser state each process holds its part, in float32. The weights that compute
+    (bfloat16, or config.dtype) are whole on every process, and gathered anew after each optimiser step only, so that the
+    processes may sample different lengths without waiting for one another."""
+    with autocast(config, model.device):
+        compute = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    options = dict(mp_policy=MixedPrecisionPolicy(compute, torch.float32), reshard_after_forward=False)
+    for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])] + [model]:
+        fully_shard(module, **options)
+        module.set_reshard_after_backward(False)
+        module.set_gradient_divide_factor(1)  # the losses of all processes are summed: row weights are the batch's
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first forward pass makes model the root
+
+
+def gather_weights(model):
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            module.unshard()
+
+
+def everyone(x):
+    """[x of process 0, x of process 1, ...]."""
+    parts = [x]
+    if processes() > 1:
+        parts = [None] * processes()
+        dist.all_gather_object(parts, x)
+    return parts
+
+
+def share(lengths, minibatches):
+    """The indices [M] of this process's prompts: each mini-batch is dealt out longest first, to and fro, so that all
+    processes have about as much to do. lengths [B]: expected, in tokens."""
+    mine, n = [], processes()
+    for part in np.split(np.arange(len(lengths)), minibatches):
+        for turn, b in enumerate(part[np.argsort(-lengths[part], kind="stable")]):
+            if rank() in (turn % (2 * n), 2 * n - 1 - turn % (2 * n)):
+                mine.append(b)
+    return np.sort(np.array(mine, dtype=int))
+
+
+def gather(mine, *columns):
+    """Each process's columns, lists [M] with an entry for each index in mine -> the lists [B] of all, in order."""
+    rows = [row for part, columns in everyone((mine, columns)) for row in zip(part, *columns)]
+    return list(map(list, zip(*sorted(rows, key=lambda row: row[0]))))[1:]
+
+
+def total(log):
+    """The sum of every process's Counter."""
+    whole = Counter()
+    for part in everyone(log):
+        whole.update(part)
+    return whole
 
 
 # ---- The run: files, checkpoints, the loop --------------------------------------------------------------------------
@@ -986,15 +1187,22 @@ def open_run(config):
 
 
 def append(path, row):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the same files from any number of processes
 
 
 def save_checkpoint(out, model, optimizer, state):
     """Everything a run needs to go on, in one file that replaces the old one by rename: a kill at any moment leaves one
     or the other whole. The lengths of the logs come along: what was written after them is cut off on resume."""
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)  # whole on the first process, which writes
+    if rank():
+        return
     logs = [f for f in ("metrics.jsonl", "samples.jsonl") if (out / f).exists()]
-    data = dict(step=state.step, model=model.state_dict(), optimizer=optimizer.state_dict(),
+    data = dict(step=state.step, model=weights, optimizer=moments,
                 trackers=[(t.value.tolist(), t.count.tolist()) for t in (state.values, state.lengths)],
                 kept={i: (s.tokens, s.logprobs, s.finished) for i, s in state.kept.items()},
                 sizes={f: (out / f).stat().st_size for f in logs})
@@ -1013,13 +1221,12 @@ def save_checkpoint(out, model, optimizer, state):
 def load_checkpoint(out, model, optimizer, state):
     """Puts model, optimizer, state and the logs back where save_checkpoint saw them."""
     try:
-        data = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(data["model"])
-        optimizer.load_state_dict(data["optimizer"])
+        data = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
         for tracker, saved in zip((state.values, state.lengths), data["trackers"]):
             if len(saved[0]) != len(tracker.value):
                 raise ValueError(f"it has {len(saved[0])} problems, --data now gives {len(tracker.value)}")
             tracker.value, tracker.count = map(np.array, saved)
+        set_state_dict(model, optimizer, model_state_dict=data["model"], optim_state_dict=data["optimizer"], options=WHOLE)
         state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
         for name, size in data["sizes"].items():
             os.truncate(out / name, size)
@@ -1067,17 +1274,26 @@ def prepare_data(config, problems, tests, model, tokenizer):
 
 
 def train(config):
-    """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that."""
+    """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that. With
+    config.analysis, a table instead."""
     c = config
     check_config(c)
+    if c.analysis == "signs":
+        print("Share of groups of 8 prefixes whose advantage signs are all right, for true success rates spread around 0.5\n"
+              "(standard deviation: spread) and n continuations sampled from each prefix:")
+        return print_table(signs_table(seed=c.seed))
     data = read_data(c)
+    join_processes(c)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    out = open_run(c)
+    out = everyone(open_run(c) if rank() == 0 else None)[0]
     try:
         model, tokenizer = load_model(c)
         problems, tests = prepare_data(c, *data, model, tokenizer)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay)
+        if processes() > 1:
+            shard(model, c)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay,
+                                      fused=True)
         state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
         if c.resume:
             load_checkpoint(out, model, optimizer, state)
@@ -1085,19 +1301,29 @@ def train(config):
         if not any(out.iterdir()):
             out.rmdir()
         raise
-    (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
-    os.replace(out / "config.tmp", out / "config.json")
+    gather_weights(model)
+    optimizer.register_step_post_hook(lambda *_: gather_weights(model))
+    if rank() == 0:
+        (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
+        os.replace(out / "config.tmp", out / "config.json")
     size = sum(p.numel() for p in model.parameters())
-    print(f"model     {c.model}, {size / 1e6:.2f}M parameters, on {model.device}\n"
-          f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}\n"
-          f"plan      {c.algo}, steps {state.step + 1} to {c.steps}, {c.prompts_per_step} prompts x {c.group_size} "
-          f"responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
+    print(f"model     {c.model}, {size / 1e6:.2f}M parameters, on {processes()} x {model.device.type}\n"
+          f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}")
+    if c.analysis == "shortcut":
+        rows = shortcut_table(model, tokenizer, next(iter(tests.values()), problems)[:c.prompts_per_step], c)
+        for row in rows:
+            append(out / "shortcut.jsonl", row)
+        return print_table(rows)
+    print(f"plan      {c.algo}{'' if c.ablation == 'none' else ', ' + c.ablation}, steps {state.step + 1} to {c.steps}, "
+          f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
 
     def evaluate_all():
         for name, problems in tests.items():
             result = evaluate(model, tokenizer, problems, c)
             append(out / "metrics.jsonl", dict(step=state.step, data=name, **result))
-            tqdm.write(f"step {state.step:4d}  accuracy on {name}: {result['accuracy']:.3f} (avg@{result['samples']})")
+            k = result["samples"]
+            tqdm.write(f"step {state.step:4d}  accuracy on {name}: {result['accuracy']:.3f} (avg@{k})  "
+                       f"{result['pass_at'][k]:.3f} (pass@{k})  {result['majority']:.3f} (maj@{k})")
 
     if state.step == 0 and (c.eval_every or not c.steps):
         evaluate_all()
@@ -1127,9 +1353,11 @@ def train(config):
                 tqdm.write(f"stopped after step {state.step}; go on with: python skpo.py --resume --out {out}")
                 sys.exit(130)
     if c.steps:
-        model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
-        summarise(out, reading)
+        weights = get_state_dict(model, optimizer, options=WHOLE)[0] if processes() > 1 else None
+        if rank() == 0:
+            model.save_pretrained(out / "model", state_dict=weights)
+            tokenizer.save_pretrained(out / "model")
+            summarise(out, reading)
     return out
 
 
@@ -1195,9 +1423,12 @@ def interrupt(number, frame):
 def main(argv=None):
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
+        if "LOCAL_RANK" not in os.environ:  # torchrun stops all processes at once: its runs go on from their last save
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, interrupt)
         train(config)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         sys.exit(f"skpo.py: {error}")
     except torch.OutOfMemoryError as error:

@@ -298,7 +298,7 @@ def some_rows(seed=0, prompts=((1, 2, 3, 10), (4, 10), (5,))):
 def test_shared_prefix_logprobs_and_gradients_are_the_plain_ones(tiny):
     model = copy.deepcopy(tiny[0])
     rows = some_rows()
-    logprobs, mask = skpo.response_logprobs(model, [p for p, _ in rows], [o for _, o in rows], temperature=0.8)
+    logprobs, _, _, mask = skpo.response_logprobs(model, [p for p, _ in rows], [o for _, o in rows], temperature=0.8)
     weights = torch.linspace(-1, 1, mask.sum())
     (logprobs[mask] * weights).sum().backward()
     shared = [p.grad.clone() for p in model.parameters()]
@@ -323,9 +323,36 @@ def test_chunked_logprobs_for_any_chunk():
     expected = head(hidden).log_softmax(-1)[torch.arange(17), targets]
     gradient = torch.autograd.grad(expected.square().sum(), hidden)[0]
     for chunk in (1, 5, 17, 100):
-        got = skpo.chunked_logprobs(head, hidden, targets, chunk=chunk)
+        got = skpo.chunked_logprobs(head, hidden, targets, chunk=chunk)[0]
         assert torch.allclose(got, expected, atol=1e-6)
         assert torch.allclose(torch.autograd.grad(got.square().sum(), hidden)[0], gradient, atol=1e-5)
+
+
+def test_entropy_polarity_is_the_entropys_first_order_change():
+    """A policy-gradient step of weight w on the logits of a softmax: the sign, and the size to first order."""
+    torch.manual_seed(0)
+    logits, targets, eta = 2 * torch.randn(200, 7, dtype=torch.float64), torch.randint(7, (200,)), 1e-4
+    p = logits.softmax(1)
+    H = -(p * p.log()).sum(1)
+    _, entropy, polarity = skpo.chunked_logprobs(torch.nn.Identity(), logits.float(), targets)
+    assert torch.allclose(entropy.double(), H, atol=1e-5)
+    for w in (1.0, -0.5):
+        q = (logits + eta * w * (torch.eye(7)[targets] - p)).softmax(1)  # + eta w grad log p_a
+        change = (-(q * q.log()).sum(1) - H) / eta
+        assert torch.allclose(w * polarity.double(), change, atol=2e-4)
+        assert (torch.sign(w * polarity) == torch.sign(change))[change.abs() > 1e-3].all()
+
+
+def test_the_update_reports_each_phases_polarity(tiny):
+    model, c = copy.deepcopy(tiny[0]), config(micro_tokens=30)
+    rows = batch_of_rows(model, tiny[1])
+    log, expected = skpo.update(model, torch.optim.SGD(model.parameters(), lr=0), rows, c), {True: 0.0, False: 0.0}
+    for r in rows:
+        p = model(torch.tensor([r.prompt + r.sample.tokens])).logits[0, len(r.prompt) - 1:-1].softmax(-1)  # [T, V]
+        H, a = -(p * p.log()).sum(-1), p[torch.arange(len(p)), r.sample.tokens]
+        polarity = (p**2 * (p.log() + H[:, None])).sum(-1) - a * (a.log() + H)
+        expected[r.upstream] += 0.5 * r.weight * r.advantage * polarity.sum().item()  # on-policy: the ratio is 1
+    assert np.isclose(log["polarity_up"], expected[True], rtol=1e-3) and np.isclose(log["polarity_down"], expected[False], rtol=1e-3)
 
 
 def test_micro_batches_cover_every_row_once_within_the_limit():
@@ -523,31 +550,40 @@ def test_no_signal_no_step(tiny):
 
 # ---- One training step ----------------------------------------------------------------------------------------------
 
-def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
+def one_step(warm, monkeypatch, step=1, **kwargs):
+    """A training step of 4 prompts: (config, problems, prompts, state, calls of generate, rows of each update, metrics, reading)."""
     model, tokenizer = copy.deepcopy(warm[0]), warm[1]
-    c = config(prompts_per_step=4, minibatches=2)
+    c = config(prompts_per_step=4, minibatches=2, **kwargs)
     problems = [replace(p, ids=skpo.prompt_ids(tokenizer, p.question)) for p in skpo.load_problems("sums")[:8]]
-    prompts = [p.ids for p in problems]
-    state = skpo.State(Tracker(8, 0.5), Tracker(8, c.init_length), {}, step=1)
+    state = skpo.State(Tracker(8, 0.5), Tracker(8, c.init_length), {}, step=step)
     calls, updates = [], []
     generate, update = skpo.generate, skpo.update
 
-    def spy_generate(m, t, p, n, budget, *rest):
-        calls.append((p, n, budget, generate(m, t, p, n, budget, *rest)))
+    def spy_generate(m, t, p, n, budget, **rest):
+        calls.append((p, n, budget, generate(m, t, p, n, budget, **rest)))
         return calls[-1][-1]
 
     def spy_update(m, o, rows, c):
         updates.append(rows)
         return update(m, o, rows, c)
-    monkeypatch.setattr(skpo, "generate", spy_generate)
-    monkeypatch.setattr(skpo, "update", spy_update)
-    row, reading = skpo.training_step(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4), problems, state, c)
+    with monkeypatch.context() as patch:
+        patch.setattr(skpo, "generate", spy_generate)
+        patch.setattr(skpo, "update", spy_update)
+        row, reading = skpo.training_step(model, tokenizer, torch.optim.AdamW(model.parameters(), lr=1e-4), problems, state, c)
+    return c, problems, [p.ids for p in problems], state, calls, updates, row, reading
+
+
+def reward(tokenizer, tokens, problem):
+    return 1.0 if skpo.is_correct(tokenizer.decode(tokens, skip_special_tokens=True), problem.answer) else -1.0
+
+
+def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
+    c, problems, prompts, state, calls, updates, row, reading = one_step(warm, monkeypatch)
     (q, n1, stops, _), (x, n2, limit, responses) = calls
     assert n1 == n2 == 8 and limit == c.max_new_tokens and all(1 <= t <= 5 for t in stops)
     chosen = [prompts.index(p) for p in q]
     assert len(set(chosen)) == 4
-    rewards = torch.tensor([[1.0 if skpo.is_correct(tokenizer.decode(o.tokens, skip_special_tokens=True), problems[i].answer) else -1.0
-                             for o in g] for i, g in zip(chosen, responses)])
+    rewards = torch.tensor([[reward(warm[1], o.tokens, problems[i]) for o in g] for i, g in zip(chosen, responses)])
     assert np.isclose(row["reward"], rewards.mean()) and row["mc_value"] == row["reward"]
     for b, i in enumerate(chosen):
         segment = state.kept[i].tokens
@@ -566,12 +602,97 @@ def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
     assert row["tokens"] == sum(len(s.tokens) for call in calls for g in call[-1] for s in g)
 
 
+def test_the_ablations_change_what_they_name(warm, monkeypatch):
+    c, problems, prompts, state, calls, updates, row, _ = one_step(warm, monkeypatch, ablation="no_skip")
+    (q, *_), (x, _, _, responses) = calls
+    chosen = [prompts.index(p) for p in q]
+    segments = [state.kept[i].tokens for i in chosen]
+    assert x == [p + s for p, s in zip(q, segments)]  # onward from q, s; graded and measured together with s
+    rewards = [[reward(warm[1], s + o.tokens, problems[i]) for o in g] for i, s, g in zip(chosen, segments, responses)]
+    assert np.isclose(row["reward"], np.mean(rewards))
+    assert np.isclose(row["response_tokens"], np.mean([len(s + o.tokens) for s, g in zip(segments, responses) for o in g]))
+
+    c, problems, prompts, state, calls, updates, row, _ = one_step(warm, monkeypatch, ablation="no_mc")
+    (q, *_), (x, *_), (onward, n, _, own) = calls
+    segments = [state.kept[prompts.index(p)].tokens for p in q]
+    assert n == 1 and onward == [p + s for p, s in zip(q, segments)] and x == [s + p for p, s in zip(q, segments)]
+    values = np.array([reward(warm[1], s + o.tokens, problems[prompts.index(p)]) for p, s, (o,) in zip(q, segments, own)])
+    assert row["mc_value"] == values.mean()
+    ups = [r.advantage for u in updates for r in u if r.upstream]
+    assert np.allclose(ups, (values - values.mean()) / (values.std() or 1), atol=1e-5)
+
+    for step, ends, pick in ((1, 1 / 2, np.argmax), (2, 1 / 6, np.argmin)):
+        *_, calls, _, _, _ = one_step(warm, monkeypatch, step=step, ablation="fixed_split", init_length=12)
+        assert calls[0][2] == [12 * ends] * 4
+        _, _, prompts, state, calls, *_ = one_step(warm, monkeypatch, step=step, ablation="extreme_selection")
+        for p, group in zip(calls[0][0], calls[0][3]):
+            cut = [skpo.cut_segment(s) for s in group]
+            assert state.kept[prompts.index(p)] == cut[pick([-np.mean(s.logprobs) for s in cut])]
+
+
 def test_grpo_samples_from_the_prompt_alone(quick, tmp_path):
     out = skpo.train(config(tmp_path, algo="grpo", steps=2, eval_every=0, save_every=0))
     rows = rows_of(out)
     assert len(rows) == 2 and rows[0]["segment_tokens"] == 0
     sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
     assert sample["segment"] == "" and sample["prompt"] == sample["question"] + "="
+
+
+# ---- Evaluation and analyses ----------------------------------------------------------------------------------------
+
+def test_pass_at_k_is_the_mean_over_all_choices():
+    from itertools import combinations
+    for n in range(1, 7):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                expected = np.mean([min(choice) < right for choice in combinations(range(n), k)])
+                assert np.isclose(skpo.pass_at_k(n, right, k), expected)
+
+
+def test_the_majority_is_of_equal_answers():
+    assert skpo.same_answers(["0.5", None, "2", r"\frac12", "2.0", None]) == [0, 1, 2, 0, 2, 1]
+    assert skpo.majority_vote(["3", r"\frac12", "0.5"]) == 1 and skpo.majority_vote(["3", "4"]) == 0
+    assert skpo.majority_vote([None, None, "7"]) == 2 and skpo.majority_vote([None]) is None
+
+
+def test_evaluation_counts(tiny, monkeypatch):
+    problems = [Problem("1", "1", [1]), Problem("2", "2", [2])]
+    texts = {1: ["\\boxed{1}", "\\boxed{3}", "\\boxed{1.0}", "none"], 2: ["\\boxed{2}", "\\boxed{5}", "\\boxed{5}", ""]}
+    monkeypatch.setattr(skpo, "generate", lambda m, t, prompts, k, *rest: [[Sample([p[0], i], [0, 0], True) for i in range(k)] for p in prompts])
+    monkeypatch.setattr(type(tiny[1]), "decode", lambda self, ids, **kwargs: texts[ids[0]][ids[1]])
+    result = skpo.evaluate(*tiny, problems, config(eval_samples=4))
+    assert result == dict(accuracy=3 / 8, pass_at={1: 3 / 8, 2: (5 / 6 + 1 / 2) / 2, 4: 1.0}, majority=0.5, samples=4, problems=2)
+
+
+def test_sign_accuracy():
+    rng = np.random.default_rng(0)
+    assert skpo.sign_accuracy(np.array([[0, 0, 0, 0, 1, 1, 1, 1.0]] * 50), 8, rng) == (1, 1)  # perfect separation
+    single, whole = skpo.sign_accuracy(np.full((4000, 8), 0.5), 999, rng)  # equal prefixes: a coin
+    assert abs(single - 0.5) < 0.02 and whole < 0.02
+    table = skpo.signs_table(trials=1000)
+    by_n = np.array([[v for k, v in row.items() if k != "spread"] for row in table])
+    assert (np.diff(by_n, axis=1) > -0.03).all() and (np.diff(by_n, axis=0) > -0.03).all() and by_n[0, 3] < 0.5 < by_n[-1, -1]
+
+
+def test_shortcut_table_of_a_deterministic_model(warm):
+    problems = [Problem(q, "0", skpo.prompt_ids(warm[1], q)) for q in ("123456", "654321", "111111")]
+    table = skpo.shortcut_table(*warm, problems, config(temperature=0.0))
+    assert [r["condition"] for r in table] == ["unconditional"] + ["continual", "skip"] * 6
+    assert np.allclose([r["position"] for r in table[1::2]], np.linspace(1 / 6, 1 / 2, 6), atol=1e-3)
+    for r in table:
+        assert r["diversity"] == 1 and r["zero_advantage"] == 1 and r["response"] > 1
+    whole = table[0]["response"]  # greedy: a continual response is what was left of the full one
+    assert all(np.isclose(r["segment"] + r["response"], whole) for r in table if r["condition"] == "continual")
+    sampled = skpo.shortcut_table(*warm, problems, config())
+    assert max(r["diversity"] for r in sampled) > 1 and min(r["zero_advantage"] for r in sampled) < 1
+
+
+def test_analyses_from_the_command_line(quick, tmp_path, capsys):
+    skpo.main(["--analysis", "signs"])
+    assert "spread" in capsys.readouterr().out
+    skpo.main(["--analysis", "shortcut", "--prompts_per_step", "8", "--out", str(tmp_path / "a")])
+    rows = [json.loads(line) for line in open(tmp_path / "a" / "shortcut.jsonl")]
+    assert len(rows) == 13 and "unconditional" in capsys.readouterr().out
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -767,3 +888,85 @@ def test_unsafe_or_broken_model_folders_are_refused(warm, tmp_path):
     torch.save(warm[0].state_dict(), folder / "pytorch_model.bin")  # a pickle
     with pytest.raises(skpo.UserError, match="cannot load"):
         skpo.load_model(Config(model=str(folder)))
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+def torchrun(tmp_path, code, *arguments, timeout=120):
+    """Runs Python code on two processes; the code finds this folder's modules."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{code}")
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *arguments],
+                          capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_batch_is_dealt_out_evenly(monkeypatch):
+    lengths = np.random.default_rng(0).uniform(10, 1000, 32)
+    monkeypatch.setattr(skpo, "processes", lambda: 3)
+    parts = []
+    for r in range(3):
+        monkeypatch.setattr(skpo, "rank", lambda: r)
+        parts.append(skpo.share(lengths, 2))
+    assert sorted(np.concatenate(parts)) == list(range(32))
+    loads = [lengths[p].sum() for p in parts]
+    assert max(loads) < 1.15 * min(loads) and all(len(p[p < 16]) in (5, 6) for p in parts)  # of every mini-batch
+    monkeypatch.setattr(skpo, "everyone", lambda x: [(p, [list(10 * p)]) for p in parts])
+    assert skpo.gather(parts[0], None) == [[10 * b for b in range(32)]]
+
+
+SAME_STEP = """
+import copy, torch, skpo, test_skpo
+model, tokenizer = skpo.embedded_model(0, steps=0)
+rows = test_skpo.batch_of_rows(model, tokenizer)
+c = test_skpo.config(micro_tokens=40)
+plain = copy.deepcopy(model)
+with torch.no_grad():
+    plain.model.norm.weight.mul_(1.1); model.model.norm.weight.mul_(1.1)
+
+def steps(model, shares):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    optimizer.register_step_post_hook(lambda *_: skpo.gather_weights(model))
+    skpo.gather_weights(model)
+    return [skpo.update(model, optimizer, share, c)["grad_norm"] for share in shares]
+expected = steps(plain, [rows, rows[:5], rows])
+skpo.join_processes(c)
+skpo.shard(model, c)
+mine = [rows[:3], rows[3:]][skpo.rank()]  # more passes on one than on the other; then none at all
+norms = steps(model, [mine, rows[:5] if skpo.rank() else [], mine])
+weights = skpo.get_state_dict(model, torch.optim.SGD(model.parameters()), options=skpo.WHOLE)[0]
+for a, b in zip(norms, expected):
+    assert abs(a - b) <= 1e-5 * b, (norms, expected)
+if skpo.rank() == 0:
+    for name, w in plain.state_dict().items():
+        assert (weights[name] - w).abs().max() < 1e-5, name
+assert torch.allclose(skpo.response_logprobs(model, [[1, 2]], [[3, 4]])[0], skpo.response_logprobs(plain, [[1, 2]], [[3, 4]])[0], atol=1e-4)
+"""
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    done = torchrun(tmp_path, SAME_STEP)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_learn_and_resume_on_one_and_back(folder, quick, tmp_path):
+    out, main = tmp_path / "run", "import skpo\nskpo.main()"
+    done = torchrun(tmp_path, main, *flags(folder, out, steps=30, prompts_per_step=32, eval_every=30, save_every=30, eval_samples=4))
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = [r["accuracy"] for r in rows_of(out, "data")]
+    assert len(scores) == 2 and scores[1] > scores[0] + 0.25 and done.stdout.count("step   30") == 2
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    model = skpo.load_model(Config(model=str(out / "model")))[0]
+    for name, w in model.state_dict().items():  # both files hold the whole model
+        assert torch.equal(w, saved["model"][name])
+    skpo.main(["--resume", "--out", str(out), "--steps", "31", "--save_every", "1"])
+    done = torchrun(tmp_path, main, "--resume", "--out", str(out), "--steps", "32")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = rows_of(out, "reward")
+    assert [r["step"] for r in rows] == list(range(1, 33)) and all(r["reward"] > rows[0]["reward"] for r in rows[29:])
+
+
+def test_a_process_that_fails_ends_the_run(folder, tmp_path):
+    start = time.perf_counter()
+    done = torchrun(tmp_path, "import os, skpo\nif os.environ['RANK'] == '1':\n    skpo.select_segment = lambda *a: 1 / 0\nskpo.main()",
+                    *flags(folder, tmp_path / "run", steps=500, eval_every=0))
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr and time.perf_counter() - start < 60
