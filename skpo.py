@@ -625,7 +625,8 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cach
                 do_sample=temperature > 0, temperature=1.0, top_k=0 if temperature else None, top_p=1.0,
                 eos_token_id=eos or None, pad_token_id=eos[0] if eos else 0)
             recorder = Recorder(temperature)
-            ids = model.generate(ids, attention_mask=mask, past_key_values=cache, logits_processor=[recorder])
+            ids = model.generate(ids, attention_mask=mask, past_key_values=cache, logits_processor=[recorder],
+                                 synced_gpus=False)  # its weights are whole: processes need not wait for one another
             recorder.keep(ids)  # the last draw
             drawn = len(recorder.kept)
             mask = torch.cat([mask, mask.new_ones(len(mask), drawn)], 1)  # [N, T + drawn]
@@ -821,6 +822,7 @@ def update(model, optimizer, rows, config):
     cut = micro_batches([r.prompt for r in rows], [r.sample.tokens for r in rows], pass_tokens(config, model))
     passes, idle = [[rows[i] for i in batch] for batch in cut], Row([0], Sample([0], [0.0], False), 0.0, 0.0, False)
     passes += [[idle]] * (max(everyone(len(passes))) - len(passes))  # torchrun only: all processes make as many
+    each_shard(model, "unshard")
     for batch in passes:
         with autocast(config, model.device):
             logprobs, entropy, polarity, mask = response_logprobs(
@@ -840,11 +842,12 @@ def update(model, optimizer, rows, config):
             log.update(tokens=mask.sum().item(), ratio=ratio[mask].sum().item(), clipped=clipped[mask].sum().item(),
                        entropy=entropy.sum().item(), polarity_up=(expands * up).sum().item(),
                        polarity_down=(expands * ~up).sum().item())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    norm = (norm.full_tensor() if processes() > 1 else norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm)
+    norm = (norm.full_tensor() if processes() > 1 and passes else norm).item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
+    each_shard(model, "reshard")
     log.update(grad_norm=norm if math.isfinite(norm) else 0, skipped=not math.isfinite(norm))
     return log
 
@@ -884,6 +887,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     chosen = choose_prompts(state.values.value, B, rng, c.explore_eps)
     V, L_q = torch.tensor(2 * state.values.value[chosen] - 1), state.lengths.value[chosen]  # [B]: in [-1, 1]; tokens
     mine = share(L_q, c.minibatches)  # [M]
+    each_shard(model, "unshard")
     q = [problems[i].ids for i in chosen[mine]]
     x, kept, drift, drawn = q, [None] * len(q), [0.0] * len(q), []  # x: what the responses follow, q itself for GRPO
     with autocast(c, model.device):
@@ -994,6 +998,7 @@ def evaluate(model, tokenizer, problems, config):
     """From k samples for each problem, of q alone, without any segment: avg@k, the share of right answers; pass@j, that of
     problems with one right in j samples; maj@k, that of problems whose most frequent answer is right."""
     seed_everything(config.seed, 10**9)  # the same draws at every evaluation
+    each_shard(model, "unshard")
     mine, k = np.arange(rank(), len(problems), processes()), config.eval_samples if config.temperature else 1
     at_once, right, majority = max(1, config.prompts_per_step * config.group_size // k), [], []
     for part in (mine[i:i + at_once] for i in range(0, len(mine), at_once)):  # as many rows as training has
@@ -1116,16 +1121,18 @@ def shard(model, config):
     for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])] + [model]:
         fully_shard(module, **options)
         module.set_reshard_after_backward(False)
-        module.set_gradient_divide_factor(1)  # the losses of all processes are summed: row weights are the batch's
+        module.set_gradient_divide_factor(1)  # a sum over processes, no mean: a row's weight is that in the whole batch
+        module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # the first forward pass makes model the root
+    each_shard(model, "reshard")
 
 
-def gather_weights(model):
+def each_shard(model, do):
+    """"unshard": gathers the weights, wherever that is still to do; "reshard": lets go of them, outdated by a step."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()
-            module.unshard()
+            getattr(module, do)()
 
 
 def everyone(x):
@@ -1301,8 +1308,6 @@ def train(config):
         if not any(out.iterdir()):
             out.rmdir()
         raise
-    gather_weights(model)
-    optimizer.register_step_post_hook(lambda *_: gather_weights(model))
     if rank() == 0:
         (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
         os.replace(out / "config.tmp", out / "config.json")

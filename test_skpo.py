@@ -765,13 +765,13 @@ def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
             "def slow_save(data, file):\n    save(data, file); print('SAVING', data['step'], flush=True); time.sleep(float(os.environ['PAUSE']))\n"
             "torch.save = slow_save; skpo.main()")
     rng = random.Random(0)
-    for attempt, (pause, at) in enumerate([(0.8, 2), (0, 3), (0, 5)]):
+    for attempt, (pause, at) in enumerate([(0.8, 2), (0.4, 3), (0.4, 4)]):
         arguments = flags(folder, killed) if attempt == 0 else ["--resume", "--out", str(killed)]
         process = subprocess.Popen([sys.executable, "-c", slow, str(HERE), *arguments], stdout=subprocess.PIPE, text=True,
                                    stderr=subprocess.DEVNULL, env={**os.environ, "PAUSE": str(pause)})
         for line in process.stdout:
             if line.startswith(f"SAVING {at}"):
-                time.sleep(0.2 if attempt == 0 else rng.random() * 0.3)  # the first one falls within the save
+                time.sleep(0.2 if attempt == 0 else 0.4 + 0.3 * rng.random())  # the first one falls within the save
                 process.kill()
                 break
         process.wait()
@@ -924,21 +924,21 @@ with torch.no_grad():
     plain.model.norm.weight.mul_(1.1); model.model.norm.weight.mul_(1.1)
 
 def steps(model, shares):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    optimizer.register_step_post_hook(lambda *_: skpo.gather_weights(model))
-    skpo.gather_weights(model)
-    return [skpo.update(model, optimizer, share, c)["grad_norm"] for share in shares]
+    optimizer, grads = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True), []
+    whole = lambda g: getattr(g, "full_tensor", lambda: g)().clone()
+    optimizer.register_step_pre_hook(lambda *_: grads.extend(whole(p.grad) for p in optimizer.param_groups[0]["params"]))
+    norms = [skpo.update(model, optimizer, share, c)["grad_norm"] for share in shares]
+    return norms, grads, skpo.get_state_dict(model, optimizer, options=skpo.WHOLE)[0]
 expected = steps(plain, [rows, rows[:5], rows])
 skpo.join_processes(c)
 skpo.shard(model, c)
 mine = [rows[:3], rows[3:]][skpo.rank()]  # more passes on one than on the other; then none at all
-norms = steps(model, [mine, rows[:5] if skpo.rank() else [], mine])
-weights = skpo.get_state_dict(model, torch.optim.SGD(model.parameters()), options=skpo.WHOLE)[0]
-for a, b in zip(norms, expected):
-    assert abs(a - b) <= 1e-5 * b, (norms, expected)
-if skpo.rank() == 0:
-    for name, w in plain.state_dict().items():
-        assert (weights[name] - w).abs().max() < 1e-5, name
+got = steps(model, [mine, rows[:5] if skpo.rank() else [], mine])
+near = lambda a, b: (a - b).norm() <= 1e-5 * max(b.norm(), 1)
+assert all(abs(a - b) <= 1e-5 * b for a, b in zip(got[0], expected[0]))
+assert len(got[1]) == len(expected[1]) > 60 and all(map(near, got[1], expected[1]))
+assert skpo.rank() or all(near(got[2][name], w) for name, w in expected[2].items()) and len(expected[2]) > 20
+skpo.each_shard(model, "unshard")
 assert torch.allclose(skpo.response_logprobs(model, [[1, 2]], [[3, 4]])[0], skpo.response_logprobs(plain, [[1, 2]], [[3, 4]])[0], atol=1e-4)
 """
 
