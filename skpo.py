@@ -34,8 +34,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # one process under torchrun shows the progress
 import mpmath  # sympy's own arithmetic
 import numpy as np
 import torch
@@ -66,7 +64,8 @@ class Config:
     """Every knob. The defaults are the paper's; EMBEDDED below holds those of the embedded model."""
     model: str = HfArg(default="embedded", help="transformers folder or hub name; 'embedded': a tiny one, built here")
     data: str = HfArg(default="", help="JSON lines of problems to train on; '': built-in ones")
-    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': held-out ones of data")
+    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': held-out ones of data, "
+                           "or with --steps 0 all")
     out: str = HfArg(default="", help="folder of this run; '': a new one under runs/")
     algo: Literal["skpo", "grpo"] = HfArg(default="skpo", help="grpo: no upstream, G responses straight from q")
     ablation: Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"] = HfArg(
@@ -97,7 +96,7 @@ class Config:
     explore_eps: float = HfArg(default=0.05, help="added to every prompt's sampling weight")
     template: Literal["auto", "none"] = HfArg(default="auto", help="auto: chat template, if any, and ask for a box; "
                                               "none: the question exactly as it is")
-    micro_tokens: int = HfArg(default=0, help="tokens in a training pass, padding counted; 0: 16384 on a GPU, 1024 on a CPU")
+    micro_tokens: int = HfArg(default=0, help="tokens in a training pass, padding counted; 0: 4096 on a GPU, 1024 on a CPU")
     cache_tokens: int = HfArg(default=0, help="tokens in the KV cache at once; more are sampled in turns; 0: no bound")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute; auto: bfloat16 on a GPU; "
                                                           "weights are float32 always")
@@ -142,6 +141,10 @@ def check_config(c):
         choices = next(f.type for f in fields(Config) if f.name == name).__args__
         if getattr(c, name) not in choices:
             raise UserError(f"--{name} must be one of {', '.join(choices)}, not {getattr(c, name)!r}")
+    if c.analysis != "none" and processes() > 1:
+        raise UserError("--analysis takes one process: leave out torchrun")
+    if processes() * c.minibatches > c.prompts_per_step:
+        raise UserError(f"{processes()} processes need as many prompts in each of the {c.minibatches} mini-batches")
     try:
         torch.empty(0, device=c.device or "cpu")
     except (RuntimeError, AssertionError) as error:
@@ -152,7 +155,7 @@ def check_config(c):
 
 @dataclass
 class Problem:
-    """A question and its reference answer; load_data adds the prompt's token ids."""
+    """A question and its reference answer; prepare_data adds the prompt's token ids."""
     question: str
     answer: str
     ids: list = None
@@ -169,10 +172,8 @@ def load_problems(source):
     problems = []
     try:
         lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{source} is not text: JSON lines are wanted") from None
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {source} as text: {brief(error)}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -180,8 +181,7 @@ def load_problems(source):
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON ({str(error)[:80]})") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{source}, line {number}: not an object with "question" and "answer"')
+        row = row if isinstance(row, dict) else {}
         question, answer = row.get("question", row.get("problem")), row.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f'{source}, line {number}: no text in "question" or "problem"')
@@ -419,7 +419,9 @@ def latex_value(text, point=0):
         return value
 
     def function(name):
-        base, exponent = take("_") and atom(), take("^") and atom()
+        base, exponent = take("_") and atom(), take("^") and raised()
+        if exponent == -1 and "arc" + name in FUNCTIONS:
+            name, exponent = "arc" + name, None
         value = lift(atom() if tokens and tokens[-1] in ("(", "{", "[") else product(argument=True))
         logarithm = name in ("ln", "log")
         if logarithm and not value or abs(value) > 1e6 and not logarithm:
@@ -524,7 +526,7 @@ def embedded_model(seed, steps=300, batch=64, slips=0.2):
         problems="sums"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     equals, box, end = [vocab["="]], [vocab["\\boxed{"]], [vocab["}"], vocab["<eos>"]]
-    for step in tqdm(range(steps), "warm-up of the embedded model (supervised)", leave=False, disable=None):
+    for step in tqdm(range(steps), "warm-up of the embedded model (supervised)", leave=False, disable=rank() > 0 or None):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
         digits = rng.integers(10, size=(batch, 6))
         slip = rng.integers(1, 10, (batch, 6)) * (rng.random((batch, 6)) < slips)
@@ -594,7 +596,7 @@ def pad(sequences, left=False, value=0):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cache_tokens=0):
     """n samples for each prompt (token-id lists of any lengths), straight from softmax(logits / temperature);
-    temperature 0 is greedy. max_new_tokens: an int, or one per prompt. Returns [P][n] Samples.
+    temperature 0 is greedy. max_new_tokens: an int of 1 or more, or one per prompt. Returns [P][n] Samples.
     Of the model's generation_config only the EOS ids count: its top_k, penalties, ... would leave pi.
     With cache_tokens, prompts whose keys and values could exceed that many tokens are sampled in turns."""
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -611,14 +613,9 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cach
                          past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(n)  # P -> P * n rows
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # [P * n, T]
-    rows, own = [i for i in range(len(samples)) if budgets[i // n] > 0], model.generation_config
-    staying = rows  # indices into ids, mask and cache
+    rows, own = list(range(len(samples))), model.generation_config  # rows: the sample of each row of ids
     try:
         while rows:
-            if len(rows) < len(ids):  # the others leave the batch and the cache
-                staying = torch.tensor(staying, device=ids.device)
-                ids, mask = ids[staying], mask[staying]
-                cache.batch_select_indices(staying)
             room = [budgets[r // n] - len(samples[r].tokens) for r in rows]
             model.generation_config = GenerationConfig(
                 max_new_tokens=min(CHUNK, sorted(room)[len(room) // 8]),  # until an eighth have spent their budgets
@@ -630,20 +627,31 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0, cach
             recorder.keep(ids)  # the last draw
             drawn = len(recorder.kept)
             mask = torch.cat([mask, mask.new_ones(len(mask), drawn)], 1)  # [N, T + drawn]
-            old_rows, rows, staying = rows, [], []
-            drawn_ids, drawn_logprobs = ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist()  # [N][drawn]
-            for j, (tokens, logprobs) in enumerate(zip(drawn_ids, drawn_logprobs)):
-                s = samples[old_rows[j]]
+            drawn_ids, drawn_logprobs, staying = ids[:, -drawn:].tolist(), torch.stack(recorder.kept, 1).tolist(), []
+            for j, (tokens, logprobs) in enumerate(zip(drawn_ids, drawn_logprobs)):  # [N][drawn]
+                s = samples[rows[j]]
                 end = next((t + 1 for t, token in enumerate(tokens[:room[j]]) if token in eos), min(room[j], drawn))
                 s.tokens += tokens[:end]
                 s.logprobs += logprobs[:end]
                 s.finished = tokens[end - 1] in eos
                 if not s.finished and end < room[j]:
-                    rows.append(old_rows[j])
                     staying.append(j)
+            if 0 < len(staying) < len(rows):  # the others leave the batch and the cache
+                keep = torch.tensor(staying, device=ids.device)
+                ids, mask = ids[keep], mask[keep]
+                cache.batch_select_indices(keep)
+            rows = [rows[j] for j in staying]
     finally:
         model.generation_config = own
     return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def sampler(model, tokenizer, config):
+    """generate, with the run's settings."""
+    def sample(prompts, n, max_new_tokens):
+        with autocast(config, model.device):
+            return generate(model, tokenizer, prompts, n, max_new_tokens, config.temperature, config.cache_tokens)
+    return sample
 
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
@@ -679,7 +687,8 @@ def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
         logits = head(h).float() / temperature  # [m, V]
         normaliser = logits.logsumexp(1)  # [m]
         logprobs = logits.gather(1, a[:, None]).squeeze(1) - normaliser  # [m]
-        with torch.no_grad():  # after all that has a gradient: the backward pass ends its recomputation before this
+        # The backward pass recomputes no further than to here. Autocast would turn einsum to bfloat16.
+        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
             over_V, log_p = partial(torch.einsum, "mv,mv->m"), logits - normaliser[:, None]  # [m, V]
             p = log_p.exp()  # [m, V]
             H, p_p = -over_V(p, log_p), over_V(p, p)  # [m] each
@@ -854,7 +863,7 @@ def update(model, optimizer, rows, config):
 
 def pass_tokens(config, model):
     """The tokens of a forward pass: a GPU wants many at once, a CPU is as fast with few, in less memory."""
-    return config.micro_tokens or (16384 if model.device.type == "cuda" else 1024)
+    return config.micro_tokens or (4096 if model.device.type == "cuda" else 1024)
 
 
 def autocast(config, device):
@@ -879,7 +888,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     of the prompts, `mine`: all B, in order, but under torchrun."""
     c, B, G, even = config, config.prompts_per_step, config.group_size, state.step % 2 == 0
     start, rng, bos = time.perf_counter(), seed_everything(c.seed, state.step), prepended_bos(tokenizer)
-    sample = partial(generate, model, tokenizer, temperature=c.temperature, cache_tokens=c.cache_tokens)
+    sample = sampler(model, tokenizer, c)
 
     def reward(i, ids):
         return 1.0 if is_correct(tokenizer.decode(ids, skip_special_tokens=True), problems[i].answer) else -1.0
@@ -888,54 +897,54 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     V, L_q = torch.tensor(2 * state.values.value[chosen] - 1), state.lengths.value[chosen]  # [B]: in [-1, 1]; tokens
     mine = share(L_q, c.minibatches)  # [M]
     each_shard(model, "unshard")
-    q = [problems[i].ids for i in chosen[mine]]
-    x, kept, drift, drawn = q, [None] * len(q), [0.0] * len(q), []  # x: what the responses follow, q itself for GRPO
-    with autocast(c, model.device):
-        if c.algo == "skpo":
-            # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
-            low, high = c.split_low, c.split_high
-            if c.ablation == "fixed_split":
-                low = high = low if even else high
-            t_q = [min(split_position(L, rng, low, high), c.max_new_tokens) for L in L_q]  # [B]
-            drawn = sample(q, G, [t_q[b] for b in mine])  # [M][G]
-            # 3. Select the segment of median surprise.
-            middle = np.median if c.ablation != "extreme_selection" else np.min if even else np.max
-            cut = [[cut_segment(s) for s in group] for group in drawn]
-            kept = [group[select_segment(group, middle)] for group in cut]  # [M]
-            # 4. Skip connection: the segment first, then the whole prompt.
-            x = [skip_prompt(s.tokens, p, bos) if c.ablation != "no_skip" else p + s.tokens for s, p in zip(kept, q)]
-            # (11.) How far pi has moved since its last visit: by the pi that samples now, so before the update.
-            drift = policy_drift(model, q, [state.kept.get(i) for i in chosen[mine]], c)  # [M]
-        # 5. Downstream: G complete responses from [s, q].
-        responses = sample(x, G, c.max_new_tokens)  # [M][G]
-        # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
-        ahead = [s.tokens if c.ablation == "no_skip" else [] for s in kept]  # what a response goes on from
-        rewards = [[reward(i, a + o.tokens) for o in group] for i, a, group in zip(chosen[mine], ahead, responses)]  # [M][G]
-        values = monte_carlo_value(torch.tensor(rewards)).tolist()  # [M]
-        if c.ablation == "no_mc":  # the reward of one continuation of the segment's own
-            own = sample([p + s.tokens for p, s in zip(q, kept)], 1, c.max_new_tokens)  # [M][1]
-            values, drawn = [reward(i, s.tokens + o.tokens) for i, s, (o,) in zip(chosen[mine], kept, own)], drawn + own
+    q, x = 2 * [[problems[i].ids for i in chosen[mine]]]  # x: what the responses follow, q itself for GRPO
+    segments, drift, drawn = [None] * len(q), [0.0] * len(q), []
+    if c.algo == "skpo":
+        # 2. Upstream: G segments per prompt, paused at t_q; those that ended before are cut to half.
+        low, high = c.split_low, c.split_high
+        if c.ablation == "fixed_split":
+            low = high = low if even else high
+        t_q = [min(split_position(L, rng, low, high), c.max_new_tokens) for L in L_q]  # [B]
+        drawn = sample(q, G, [t_q[b] for b in mine])  # [M][G]
+        # 3. Select the segment of median surprise.
+        middle = np.median if c.ablation != "extreme_selection" else np.min if even else np.max
+        cut = [[cut_segment(s) for s in group] for group in drawn]
+        segments = [group[select_segment(group, middle)] for group in cut]  # [M]
+        # 4. Skip connection: the segment first, then the whole prompt.
+        x = [skip_prompt(s.tokens, p, bos) if c.ablation != "no_skip" else p + s.tokens for s, p in zip(segments, q)]
+        # (11.) How far pi has moved since its last visit: by the pi that samples now, so before the update.
+        drift = policy_drift(model, q, [state.kept.get(i) for i in chosen[mine]], c)  # [M]
+    # 5. Downstream: G complete responses from [s, q].
+    responses = sample(x, G, c.max_new_tokens)  # [M][G]
+    # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
+    ahead = [s.tokens if c.ablation == "no_skip" else [] for s in segments]  # what a response goes on from
+    rewards = [[reward(i, a + o.tokens) for o in group] for i, a, group in zip(chosen[mine], ahead, responses)]  # [M][G]
+    values = monte_carlo_value(torch.tensor(rewards)).tolist()  # [M]
+    if c.ablation == "no_mc":  # the reward of one continuation of the segment's own
+        own = sample([p + s.tokens for p, s in zip(q, segments)], 1, c.max_new_tokens)  # [M][1]
+        values, drawn = [reward(i, s.tokens + o.tokens) for i, s, (o,) in zip(chosen[mine], segments, own)], drawn + own
     lengths = [np.mean([len(a + o.tokens) for o in group]) for a, group in zip(ahead, responses)]  # [M]
     truncated = [np.mean([not o.finished for o in group]) for group in responses]  # [M]
     rollout_seconds = time.perf_counter() - start
-    rewards, values, lengths, truncated, drift, kept = gather(mine, rewards, values, lengths, truncated, drift, kept)  # M -> B
+    # From here on, R_II [B][G] and R_I, lengths, truncated, drift and kept [B] are those of all processes.
+    R_II, R_I, lengths, truncated, drift, kept = gather(mine, rewards, values, lengths, truncated, drift, segments)
     # 7. and 8. Advantages, downstream within the group, upstream against the running value.
-    down = group_advantages(torch.tensor(rewards)).tolist()  # [B][G]
-    up = upstream_advantages(torch.tensor(values).double(), V).tolist()  # [B]
+    down = group_advantages(torch.tensor(R_II)).tolist()  # [B][G]
+    up = upstream_advantages(torch.tensor(R_I).double(), V).tolist()  # [B]
     # 9. and 10. The losses, and one optimiser step per mini-batch of prompts.
     update_start, log = time.perf_counter(), Counter(sampled=sum(len(s.tokens) for group in drawn + responses for s in group))
     lr = optimizer.param_groups[0]["lr"] = c.lr * min(1.0, state.step / max(1, c.warmup_steps))
     for part in np.split(np.arange(B), c.minibatches):
         rows = []
-        for b, prompt, x_b, group in zip(mine, q, x, responses):
+        for b, q_b, x_b, segment, group in zip(mine, q, x, segments, responses):
             if b in part:
                 weight = 1 / (sum(len(o.tokens) for o in group) * len(part))
                 rows += [Row(x_b, o, A, weight, False) for o, A in zip(group, down[b])]
-                if kept[b]:
-                    rows.append(Row(prompt, kept[b], up[b], 1 / (len(kept[b].tokens) * len(part)), True))
+                if segment:
+                    rows.append(Row(q_b, segment, up[b], 1 / (len(segment.tokens) * len(part)), True))
         log.update(update(model, optimizer, rows, c))
     # 11. Trackers: the observed value and length; the segment is kept to measure how far pi moves until next time.
-    state.values.update(chosen, (np.array(values) + 1) / 2, drift)
+    state.values.update(chosen, (np.array(R_I) + 1) / 2, drift)
     state.lengths.update(chosen, lengths, drift)
     state.kept.update((i, s) for i, s in zip(chosen.tolist(), kept) if s)
 
@@ -943,7 +952,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     log = total(log)
     per_token = lambda name: log[name] / log["tokens"] if log["tokens"] else None  # None: nothing was trained on
     metrics = dict(
-        step=state.step, reward=mean(rewards), mc_value=mean(values), accuracy=mean(np.array(rewards) > 0),
+        step=state.step, reward=mean(R_II), mc_value=mean(R_I), accuracy=mean(np.array(R_II) > 0),
         zero_advantage=mean([not any(A) for A in down]), segment_tokens=mean([len(s.tokens) if s else 0 for s in kept]),
         response_tokens=mean(lengths), truncated=mean(truncated), clip_fraction=per_token("clipped"),
         ratio=per_token("ratio"), entropy=per_token("entropy"), polarity_up=log["polarity_up"] / c.minibatches,
@@ -953,8 +962,8 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
         peak_memory_gb=peak_memory_gb(model.device))
     reading = [dict(step=state.step, question=problems[chosen[b]].question, answer=problems[chosen[b]].answer,
                     prompt=tokenizer.decode(x_b), segment=tokenizer.decode(kept[b].tokens) if kept[b] else "",
-                    value=values[b], responses=[dict(text=tokenizer.decode(o.tokens, skip_special_tokens=True), reward=r)
-                                                for o, r in zip(group, rewards[b])])
+                    value=R_I[b], responses=[dict(text=tokenizer.decode(o.tokens, skip_special_tokens=True), reward=r)
+                                                for o, r in zip(group, R_II[b])])
                for b, x_b, group in list(zip(mine, x, responses))[:2]]
     return metrics, reading
 
@@ -962,14 +971,13 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
 def policy_drift(model, prompts, kept, config):
     """D: how far the policy moved since it last acted on each prompt, the mean over the tokens of the segment kept then
     of |log pi_then - log pi_now|; 0 without one. prompts [B] id lists, kept [B] of Sample or None -> [B], nats."""
-    drift, again = np.zeros(len(prompts)), [b for b, s in enumerate(kept) if s is not None]
-    prompts, kept = [prompts[b] for b in again], [kept[b] for b in again]
-    with torch.no_grad():
-        for batch in micro_batches(prompts, [s.tokens for s in kept], pass_tokens(config, model)):
-            now = response_logprobs(model, [prompts[i] for i in batch], [kept[i].tokens for i in batch],
-                                    config.temperature)[0]  # [N, T]
-            for i, logprobs in zip(batch, now.tolist()):
-                drift[again[i]] = np.mean(np.abs(np.subtract(kept[i].logprobs, logprobs[:len(kept[i].tokens)])))
+    drift, again = np.zeros(len(prompts)), [b for b, s in enumerate(kept) if s]
+    passes = micro_batches([prompts[b] for b in again], [kept[b].tokens for b in again], pass_tokens(config, model))
+    for batch in ([again[i] for i in rows] for rows in passes):
+        with torch.no_grad(), autocast(config, model.device):
+            now = response_logprobs(model, [prompts[b] for b in batch], [kept[b].tokens for b in batch], config.temperature)[0]
+        for b, logprobs in zip(batch, now.tolist()):  # now: [N, T]
+            drift[b] = np.mean(np.abs(np.subtract(kept[b].logprobs, logprobs[:len(kept[b].tokens)])))
     return drift
 
 
@@ -1000,11 +1008,10 @@ def evaluate(model, tokenizer, problems, config):
     seed_everything(config.seed, 10**9)  # the same draws at every evaluation
     each_shard(model, "unshard")
     mine, k = np.arange(rank(), len(problems), processes()), config.eval_samples if config.temperature else 1
-    at_once, right, majority = max(1, config.prompts_per_step * config.group_size // k), [], []
-    for part in (mine[i:i + at_once] for i in range(0, len(mine), at_once)):  # as many rows as training has
-        with autocast(config, model.device):
-            groups = generate(model, tokenizer, [problems[i].ids for i in part], k, config.max_new_tokens,
-                              config.temperature, config.cache_tokens)
+    at_once = max(1, config.prompts_per_step * config.group_size // k // processes())  # as many rows as training has
+    right, majority = [], []
+    for part in (mine[i:i + at_once] for i in range(0, len(mine), at_once)):
+        groups = sampler(model, tokenizer, config)([problems[i].ids for i in part], k, config.max_new_tokens)
         for i, group in zip(part, groups):
             texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
             right.append([is_correct(text, problems[i].answer) for text in texts])  # [M][k]
@@ -1059,12 +1066,11 @@ def shortcut_table(model, tokenizer, problems, config):
     """Section 4.1, Figure 3: what a segment does to the responses of a model as it is. For six positions in a full
     response, and G responses after nothing (q), after the segment (q + s) and behind the skip connection ([s, q]): the
     number of distinct final answers, the share of groups with equal rewards, the mean length of what was sampled."""
-    c, bos, table = config, prepended_bos(tokenizer), []
+    c, bos, table, sample = config, prepended_bos(tokenizer), [], sampler(model, tokenizer, config)
     seed_everything(c.seed, 0)
 
     def measure(position, condition, prompts, segments):
-        with autocast(c, model.device):
-            groups = generate(model, tokenizer, prompts, c.group_size, c.max_new_tokens, c.temperature, c.cache_tokens)
+        groups = sample(prompts, c.group_size, c.max_new_tokens)
         ahead = segments if condition == "continual" else [[]] * len(prompts)
         texts = [[tokenizer.decode(a + o.tokens, skip_special_tokens=True) for o in g] for a, g in zip(ahead, groups)]
         right = np.array([[is_correct(t, p.answer) for t in g] for p, g in zip(problems, texts)])  # [P, G]
@@ -1073,8 +1079,7 @@ def shortcut_table(model, tokenizer, problems, config):
                           diversity=float(np.mean(distinct)), zero_advantage=float(np.mean(right.all(1) | ~right.any(1))),
                           response=float(np.mean([len(o.tokens) for g in groups for o in g])), accuracy=float(right.mean())))
     q = [p.ids for p in problems]
-    with autocast(c, model.device):
-        whole = [g[0].tokens for g in generate(model, tokenizer, q, 1, c.max_new_tokens, c.temperature, c.cache_tokens)]
+    whole = [group[0].tokens for group in sample(q, 1, c.max_new_tokens)]
     measure(0.0, "unconditional", q, [[]] * len(q))
     for position in tqdm(np.linspace(1 / 6, 1 / 2, 6), "positions", leave=False, disable=None):
         segments = [o[:max(1, round(position * len(o)))] for o in whole]
@@ -1145,14 +1150,15 @@ def everyone(x):
 
 
 def share(lengths, minibatches):
-    """The indices [M] of this process's prompts: each mini-batch is dealt out longest first, to and fro, so that all
-    processes have about as much to do. lengths [B]: expected, in tokens."""
-    mine, n = [], processes()
+    """The indices [M] of this process's prompts. Of every mini-batch the longest go first, each to the process that has
+    least to do so far. lengths [B]: expected, in tokens."""
+    load, mine = np.zeros(processes()), []
     for part in np.split(np.arange(len(lengths)), minibatches):
-        for turn, b in enumerate(part[np.argsort(-lengths[part], kind="stable")]):
-            if rank() in (turn % (2 * n), 2 * n - 1 - turn % (2 * n)):
-                mine.append(b)
-    return np.sort(np.array(mine, dtype=int))
+        for b in part[np.argsort(-lengths[part], kind="stable")]:
+            least = load.argmin()
+            load[least] += lengths[b]
+            mine += [b] * (least == rank())
+    return np.sort(mine)
 
 
 def gather(mine, *columns):
@@ -1225,7 +1231,7 @@ def save_checkpoint(out, model, optimizer, state):
         raise UserError(f"cannot save a checkpoint in {out} ({brief(error)}); the one before is untouched") from None
 
 
-def load_checkpoint(out, model, optimizer, state):
+def load_checkpoint(out, model, optimizer, state, config):
     """Puts model, optimizer, state and the logs back where save_checkpoint saw them."""
     try:
         data = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -1234,6 +1240,7 @@ def load_checkpoint(out, model, optimizer, state):
                 raise ValueError(f"it has {len(saved[0])} problems, --data now gives {len(tracker.value)}")
             tracker.value, tracker.count = map(np.array, saved)
         set_state_dict(model, optimizer, model_state_dict=data["model"], optim_state_dict=data["optimizer"], options=WHOLE)
+        optimizer.param_groups[0]["weight_decay"] = config.weight_decay  # its other settings are no flags, or set anew
         state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
         for name, size in data["sizes"].items():
             os.truncate(out / name, size)
@@ -1258,9 +1265,8 @@ def prepare_data(config, problems, tests, model, tokenizer):
     c, problems = config, problems or builtin_problems(getattr(model.config, "problems", "arithmetic"))
     if not tests and not c.steps:
         tests = {"data": problems}
-    elif not tests and c.eval_every:
-        held = min(256, len(problems) // 8, max(0, len(problems) - c.prompts_per_step))
-        order = np.random.default_rng(0).permutation(len(problems))  # the same split for every seed
+    elif not tests:  # whatever the other settings: a run may be resumed with others
+        held, order = min(256, len(problems) // 8), np.random.default_rng(0).permutation(len(problems))
         tests = {"held-out": [problems[i] for i in order[:held]]} if held else {}
         problems = [problems[i] for i in sorted(order[held:])]
 
@@ -1273,24 +1279,29 @@ def prepare_data(config, problems, tests, model, tokenizer):
         return fits
     problems, tests = short(problems, "training"), {name: short(p, name) for name, p in tests.items()}
     if c.steps and len(problems) < c.prompts_per_step:
-        raise UserError(f"{len(problems)} problems are too few for --prompts_per_step {c.prompts_per_step}: "
+        raise UserError(f"the {len(problems)} problems left to train on are too few for --prompts_per_step {c.prompts_per_step}: "
                         "lower it, or bring more problems")
     if not all(tests.values()):
         raise UserError("an evaluation set has no problems left: raise --max_prompt_tokens")
+    longest = max(len(p.ids) for part in (problems, *tests.values()) for p in part)
+    longest += c.max_new_tokens + (round(c.split_high * c.max_new_tokens) if c.algo == "skpo" else 0)
+    if longest > getattr(model.config, "max_position_embeddings", longest):
+        print(f"note: prompt, segment and response may reach {longest} tokens, beyond the model's "
+              f"{model.config.max_position_embeddings}: lower --max_new_tokens")
     return problems, tests
 
 
 def train(config):
     """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that. With
     config.analysis, a table instead."""
-    c = config
+    c = replace(config, steps=0) if config.analysis != "none" else config
+    join_processes(c)
     check_config(c)
     if c.analysis == "signs":
         print("Share of groups of 8 prefixes whose advantage signs are all right, for true success rates spread around 0.5\n"
               "(standard deviation: spread) and n continuations sampled from each prefix:")
         return print_table(signs_table(seed=c.seed))
     data = read_data(c)
-    join_processes(c)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     out = everyone(open_run(c) if rank() == 0 else None)[0]
@@ -1303,9 +1314,9 @@ def train(config):
                                       fused=True)
         state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
         if c.resume:
-            load_checkpoint(out, model, optimizer, state)
+            load_checkpoint(out, model, optimizer, state, c)
     except UserError:
-        if not any(out.iterdir()):
+        if rank() == 0 and not any(out.iterdir()):
             out.rmdir()
         raise
     if rank() == 0:
@@ -1333,7 +1344,7 @@ def train(config):
     if state.step == 0 and (c.eval_every or not c.steps):
         evaluate_all()
     bad, reading = 0, []
-    with tqdm(total=c.steps, initial=state.step, desc=c.algo, disable=None, leave=False) as bar:
+    with tqdm(total=c.steps, initial=state.step, desc=c.algo, disable=rank() > 0 or None, leave=False) as bar:
         while state.step < c.steps:
             if STOP and not state.step:
                 sys.exit(130)  # nothing to save yet
@@ -1381,8 +1392,8 @@ def summarise(out, reading):
         for response in reading[0]["responses"][:4]:
             print(f"response  {cut(response['text'])}   reward {response['reward']:+.0f}")
     rewards = np.array([r["reward"] for r in rows if "reward" in r])
-    if all(r.get("zero_advantage", 1) == 1 for r in rows):
-        print("\nNothing was learned: in every group all rewards were alike. Take easier problems or a stronger model.")
+    if all(r.get("grad_norm", 0) == 0 for r in rows):
+        print("\nNothing was learned: all rewards were alike. Take easier problems or a stronger model.")
     curve = [float(part.mean()) for part in np.array_split(rewards, min(60, len(rewards)))]
     low, high = min(curve), max(curve)
     bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (v - low) / (high - low or 1))] for v in curve)
@@ -1428,7 +1439,7 @@ def interrupt(number, frame):
 def main(argv=None):
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
-        if "LOCAL_RANK" not in os.environ:  # torchrun stops all processes at once: its runs go on from their last save
+        if "LOCAL_RANK" not in os.environ and config.steps and config.analysis == "none":  # torchrun stops all at once
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt)
         train(config)
@@ -1437,7 +1448,7 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"skpo.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit("skpo.py: out of memory: in sampling, set --cache_tokens; in the update, --micro_tokens below 16384 "
+        sys.exit("skpo.py: out of memory: in sampling, set --cache_tokens; in the update, a smaller --micro_tokens "
                  f"({brief(error)})")
     except OSError as error:
         sys.exit(f"skpo.py: {error}")
