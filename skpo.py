@@ -39,7 +39,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -64,8 +65,8 @@ class Config:
     """Every knob. The defaults are the paper's; EMBEDDED below holds those of the embedded model."""
     model: str = HfArg(default="embedded", help="transformers folder or hub name; 'embedded': a tiny one, built here")
     data: str = HfArg(default="", help="JSON lines of problems to train on; '': built-in ones")
-    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': held-out ones of data, "
-                           "or with --steps 0 all")
+    eval_data: str = HfArg(default="", help="JSON lines to evaluate on, several with commas; '': held-out "
+                           "ones of data, or with --steps 0 all")
     out: str = HfArg(default="", help="folder of this run; '': a new one under runs/")
     algo: Literal["skpo", "grpo"] = HfArg(default="skpo", help="grpo: no upstream, G responses straight from q")
     ablation: Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"] = HfArg(
@@ -96,7 +97,8 @@ class Config:
     explore_eps: float = HfArg(default=0.05, help="added to every prompt's sampling weight")
     template: Literal["auto", "none"] = HfArg(default="auto", help="auto: chat template, if any, and ask for a box; "
                                               "none: the question exactly as it is")
-    micro_tokens: int = HfArg(default=0, help="tokens in a training pass, padding counted; 0: 4096 on a GPU, 1024 on a CPU")
+    micro_tokens: int = HfArg(default=0, help="tokens in a training pass, padding counted; 0: 4096 on a GPU, "
+                              "1024 on a CPU")
     cache_tokens: int = HfArg(default=0, help="tokens in the KV cache at once; more are sampled in turns; 0: no bound")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of compute; auto: bfloat16 on a GPU; "
                                                           "weights are float32 always")
@@ -230,8 +232,8 @@ DECIMAL = re.compile(r"\.\d*[1-9]")  # 27.0 is an integer
 FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
              "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
 NAMED = re.compile(r"^\s*\\?[a-zA-Z](_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")  # x =, f(x) =, x in
-UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|am|pm)"
-                   r"(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
+UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|"
+                   r"am|pm)(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
 CONSTANTS = {r"\pi": MP.pi, r"\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}
 UNIFY = [(re.compile(pattern), new) for pattern, new in [
     (r"[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×|·", r"\\times "), ("÷", "/"),
@@ -526,7 +528,7 @@ def embedded_model(seed, steps=300, batch=64, slips=0.2):
         problems="sums"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     equals, box, end = [vocab["="]], [vocab["\\boxed{"]], [vocab["}"], vocab["<eos>"]]
-    for step in tqdm(range(steps), "warm-up of the embedded model (supervised)", leave=False, disable=rank() > 0 or None):
+    for step in tqdm(range(steps), "supervised warm-up of the embedded model", leave=False, disable=rank() > 0 or None):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
         digits = rng.integers(10, size=(batch, 6))
         slip = rng.integers(1, 10, (batch, 6)) * (rng.random((batch, 6)) < slips)
@@ -679,9 +681,9 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
 
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """Of p = softmax(head(hidden) / temperature), hidden [M, D], three tensors [M], float32: log p[target] in nats, with
-    gradients; the entropy H of p; and the polarity sum_k p_k^2 (log p_k + H) - p_a (log p_a + H), a = target: how H
-    changes, to first order, if the logits take a policy-gradient step of weight 1 on a (arXiv 2605.11775).
+    """Of p = softmax(head(hidden) / temperature), hidden [M, D], three tensors [M], float32: log p[target] in nats,
+    with gradients; the entropy H of p; and the polarity sum_k p_k^2 (log p_k + H) - p_a (log p_a + H), a = target: how
+    H changes, to first order, if the logits take a policy-gradient step of weight 1 on a (arXiv 2605.11775).
     A chunk's logits [chunk, V] live only while they are used: the backward pass computes them again."""
     def piece(h, a):
         logits = head(h).float() / temperature  # [m, V]
@@ -713,8 +715,8 @@ def cut_segment(sample):
 
 
 def select_segment(segments, middle=np.median):
-    """The index of the Sample whose mean surprise d = mean_t -log pi(s_t | q, s_<t) is nearest to the median of all
-    (or, in the ablation, their min or max); the first on a tie. G segments in, one out: the others cost no second batch."""
+    """The index of the Sample whose mean surprise d = mean_t -log pi(s_t | q, s_<t) is nearest to the median of all (in
+    the ablation, their min or max); the first on a tie. G segments in, one out: the others cost no second batch."""
     d = np.array([-np.mean(s.logprobs) for s in segments])  # [G], nats per token
     gap = np.abs(d - middle(d))
     return int(np.flatnonzero(gap <= gap.min() + 1e-9)[0])  # with G even, two are equally near but for rounding
@@ -918,13 +920,13 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     responses = sample(x, G, c.max_new_tokens)  # [M][G]
     # 6. Rewards: +1 or -1 per response; their mean is the Monte Carlo value of the segment.
     ahead = [s.tokens if c.ablation == "no_skip" else [] for s in segments]  # what a response goes on from
-    rewards = [[reward(i, a + o.tokens) for o in group] for i, a, group in zip(chosen[mine], ahead, responses)]  # [M][G]
+    rewards = [[reward(i, a + o.tokens) for o in g] for i, a, g in zip(chosen[mine], ahead, responses)]  # [M][G]
     values = monte_carlo_value(torch.tensor(rewards)).tolist()  # [M]
     if c.ablation == "no_mc":  # the reward of one continuation of the segment's own
         own = sample([p + s.tokens for p, s in zip(q, segments)], 1, c.max_new_tokens)  # [M][1]
         values, drawn = [reward(i, s.tokens + o.tokens) for i, s, (o,) in zip(chosen[mine], segments, own)], drawn + own
-    lengths = [np.mean([len(a + o.tokens) for o in group]) for a, group in zip(ahead, responses)]  # [M]
-    truncated = [np.mean([not o.finished for o in group]) for group in responses]  # [M]
+    lengths = [mean([len(a + o.tokens) for o in group]) for a, group in zip(ahead, responses)]  # [M]
+    truncated = [mean([not o.finished for o in group]) for group in responses]  # [M]
     rollout_seconds = time.perf_counter() - start
     # From here on, R_II [B][G] and R_I, lengths, truncated, drift and kept [B] are those of all processes.
     R_II, R_I, lengths, truncated, drift, kept = gather(mine, rewards, values, lengths, truncated, drift, segments)
@@ -932,7 +934,8 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     down = group_advantages(torch.tensor(R_II)).tolist()  # [B][G]
     up = upstream_advantages(torch.tensor(R_I).double(), V).tolist()  # [B]
     # 9. and 10. The losses, and one optimiser step per mini-batch of prompts.
-    update_start, log = time.perf_counter(), Counter(sampled=sum(len(s.tokens) for group in drawn + responses for s in group))
+    update_start = time.perf_counter()
+    log = Counter(sampled=sum(len(s.tokens) for group in drawn + responses for s in group))
     lr = optimizer.param_groups[0]["lr"] = c.lr * min(1.0, state.step / max(1, c.warmup_steps))
     for part in np.split(np.arange(B), c.minibatches):
         rows = []
@@ -948,7 +951,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config):
     state.lengths.update(chosen, lengths, drift)
     state.kept.update((i, s) for i, s in zip(chosen.tolist(), kept) if s)
 
-    skipped, seconds, mean = log["skipped"], time.perf_counter() - start, lambda xs: float(np.mean(xs))
+    skipped, seconds = log["skipped"], time.perf_counter() - start
     log = total(log)
     per_token = lambda name: log[name] / log["tokens"] if log["tokens"] else None  # None: nothing was trained on
     metrics = dict(
@@ -975,8 +978,9 @@ def policy_drift(model, prompts, kept, config):
     passes = micro_batches([prompts[b] for b in again], [kept[b].tokens for b in again], pass_tokens(config, model))
     for batch in ([again[i] for i in rows] for rows in passes):
         with torch.no_grad(), autocast(config, model.device):
-            now = response_logprobs(model, [prompts[b] for b in batch], [kept[b].tokens for b in batch], config.temperature)[0]
-        for b, logprobs in zip(batch, now.tolist()):  # now: [N, T]
+            now, *_ = response_logprobs(model, [prompts[b] for b in batch], [kept[b].tokens for b in batch],
+                                        config.temperature)  # [N, T]
+        for b, logprobs in zip(batch, now.tolist()):
             drift[b] = np.mean(np.abs(np.subtract(kept[b].logprobs, logprobs[:len(kept[b].tokens)])))
     return drift
 
@@ -1003,8 +1007,8 @@ def peak_memory_gb(device):
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 def evaluate(model, tokenizer, problems, config):
-    """From k samples for each problem, of q alone, without any segment: avg@k, the share of right answers; pass@j, that of
-    problems with one right in j samples; maj@k, that of problems whose most frequent answer is right."""
+    """From k samples for each problem, of q alone, without any segment: avg@k, the share of right answers; pass@j, that
+    of problems with a right one in j samples; maj@k, that of problems whose most frequent answer is right."""
     seed_everything(config.seed, 10**9)  # the same draws at every evaluation
     each_shard(model, "unshard")
     mine, k = np.arange(rank(), len(problems), processes()), config.eval_samples if config.temperature else 1
@@ -1018,18 +1022,21 @@ def evaluate(model, tokenizer, problems, config):
             vote = majority_vote([extract_answer(text) for text in texts])
             majority.append(vote is not None and right[-1][vote])  # [M]
     right, majority = gather(mine, right, majority)  # M -> P
-    pass_at = {j: float(np.mean([pass_at_k(k, sum(r), j) for r in right])) for j in sorted({1, k} | {2**i for i in range(12) if 2**i < k})}
-    return dict(accuracy=float(np.mean(right)), pass_at=pass_at, majority=float(np.mean(majority)), samples=k,
-                problems=len(problems))
+    pass_at = {j: mean([pass_at_k(k, sum(r), j) for r in right]) for j in (1, 2, 4, 8, 16, 32, 64, k) if j <= k}
+    return dict(accuracy=mean(right), pass_at=pass_at, majority=mean(majority), samples=k, problems=len(problems))
+
+
+def mean(xs):
+    return float(np.mean(xs))
 
 
 def pass_at_k(n, right, k):
-    """The chance that k of n samples, `right` of them right, hold a right one: 1 - C(n - right, k) / C(n, k), unbiased."""
+    """The chance that k of n samples, `right` of them right, hold a right one: 1 - C(n - right, k) / C(n, k)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def same_answers(answers):
-    """For each of k answers (text, None without a box) the index of the first one equal to it, as the grader sees it."""
+    """For each of k answers (text, None without a box) the index of the first one that the grader holds equal."""
     equal = lambda a, b: a == b or None not in (a, b) and same_answer(a, b)
     firsts = []
     for i, a in enumerate(answers):
@@ -1049,7 +1056,8 @@ def sign_accuracy(rates, n, rng):
     """Appendix A.2: how well n continuations per prefix tell which prefixes are better than their group's mean.
     rates [trials, G]: true success rates. Returns (share of single signs right, share of trials with all G right)."""
     hits = rng.binomial(n, rates)  # [trials, G]
-    right = (hits * rates.shape[1] > hits.sum(1, keepdims=True)) == (rates > rates.mean(1, keepdims=True))  # [trials, G]
+    positive, truth = hits > hits.mean(1, keepdims=True), rates > rates.mean(1, keepdims=True)
+    right = positive == truth  # [trials, G]
     return right.mean(), right.all(1).mean()
 
 
@@ -1058,7 +1066,7 @@ def signs_table(spreads=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4), samples=(8, 32, 128, 
     rng, table = np.random.default_rng(seed), []
     for spread in spreads:
         rates = np.clip(rng.normal(0.5, spread, (trials, G)), 0, 1)
-        table.append({"spread": spread} | {f"n={n}": float(sign_accuracy(rates, n, rng)[1]) for n in samples})
+        table.append({"spread": spread} | {f"n={n}": mean(sign_accuracy(rates, n, rng)[1]) for n in samples})
     return table
 
 
@@ -1075,9 +1083,10 @@ def shortcut_table(model, tokenizer, problems, config):
         texts = [[tokenizer.decode(a + o.tokens, skip_special_tokens=True) for o in g] for a, g in zip(ahead, groups)]
         right = np.array([[is_correct(t, p.answer) for t in g] for p, g in zip(problems, texts)])  # [P, G]
         distinct = [len(set(same_answers([extract_answer(t) for t in g]))) for g in texts]
-        table.append(dict(position=round(position, 3), condition=condition, segment=float(np.mean([len(s) for s in segments])),
-                          diversity=float(np.mean(distinct)), zero_advantage=float(np.mean(right.all(1) | ~right.any(1))),
-                          response=float(np.mean([len(o.tokens) for g in groups for o in g])), accuracy=float(right.mean())))
+        table.append(dict(
+            position=round(position, 3), condition=condition, segment=mean([len(s) for s in segments]),
+            diversity=mean(distinct), zero_advantage=mean(right.all(1) | ~right.any(1)),
+            response=mean([len(o.tokens) for g in groups for o in g]), accuracy=mean(right)))
     q = [p.ids for p in problems]
     whole = [group[0].tokens for group in sample(q, 1, c.max_new_tokens)]
     measure(0.0, "unconditional", q, [[]] * len(q))
@@ -1117,9 +1126,9 @@ def join_processes(config):
 
 
 def shard(model, config):
-    """FSDP2: of weights, gradients and optimiser state each process holds its part, in float32. The weights that compute
-    (bfloat16, or config.dtype) are whole on every process, and gathered anew after each optimiser step only, so that the
-    processes may sample different lengths without waiting for one another."""
+    """FSDP2: of weights, gradients and optimiser state each process holds its part, in float32. The weights that
+    compute (bfloat16, or config.dtype) are whole on every process and gathered anew after each optimiser step only, so
+    that the processes may sample different lengths without waiting for one another."""
     with autocast(config, model.device):
         compute = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
     options = dict(mp_policy=MixedPrecisionPolicy(compute, torch.float32), reshard_after_forward=False)
@@ -1157,7 +1166,8 @@ def share(lengths, minibatches):
         for b in part[np.argsort(-lengths[part], kind="stable")]:
             least = load.argmin()
             load[least] += lengths[b]
-            mine += [b] * (least == rank())
+            if least == rank():
+                mine.append(b)
     return np.sort(mine)
 
 
@@ -1239,7 +1249,8 @@ def load_checkpoint(out, model, optimizer, state, config):
             if len(saved[0]) != len(tracker.value):
                 raise ValueError(f"it has {len(saved[0])} problems, --data now gives {len(tracker.value)}")
             tracker.value, tracker.count = map(np.array, saved)
-        set_state_dict(model, optimizer, model_state_dict=data["model"], optim_state_dict=data["optimizer"], options=WHOLE)
+        set_state_dict(model, optimizer, model_state_dict=data["model"], optim_state_dict=data["optimizer"],
+                       options=WHOLE)
         optimizer.param_groups[0]["weight_decay"] = config.weight_decay  # its other settings are no flags, or set anew
         state.kept, state.step = {i: Sample(*s) for i, s in data["kept"].items()}, data["step"]
         for name, size in data["sizes"].items():
@@ -1253,15 +1264,16 @@ def read_data(config):
     model is loaded: a mistake in them is told at once."""
     problems = load_problems(config.data) if config.data else None
     if problems and config.steps and len(problems) < config.prompts_per_step:
-        raise UserError(f"{config.data} holds fewer problems than --prompts_per_step {config.prompts_per_step}: lower that")
+        raise UserError(f"{config.data} holds fewer problems than --prompts_per_step {config.prompts_per_step}: "
+                        "lower that")
     paths = [f.strip() for f in config.eval_data.split(",") if f.strip()]
     stems = [Path(f).stem for f in paths]
     return problems, {s if stems.count(s) == 1 else f: load_problems(f) for s, f in zip(stems, paths)}
 
 
 def prepare_data(config, problems, tests, model, tokenizer):
-    """read_data's problems with their prompts' ids; too-long prompts are dropped, aloud. Without data, those built in for
-    the model; without tests, an eighth is held out."""
+    """read_data's problems with their prompts' ids; too-long prompts are dropped, aloud. Without data, those built in
+    for the model; without tests, an eighth is held out."""
     c, problems = config, problems or builtin_problems(getattr(model.config, "problems", "arithmetic"))
     if not tests and not c.steps:
         tests = {"data": problems}
@@ -1279,8 +1291,8 @@ def prepare_data(config, problems, tests, model, tokenizer):
         return fits
     problems, tests = short(problems, "training"), {name: short(p, name) for name, p in tests.items()}
     if c.steps and len(problems) < c.prompts_per_step:
-        raise UserError(f"the {len(problems)} problems left to train on are too few for --prompts_per_step {c.prompts_per_step}: "
-                        "lower it, or bring more problems")
+        raise UserError(f"the {len(problems)} problems left to train on are too few for --prompts_per_step "
+                        f"{c.prompts_per_step}: lower it, or bring more problems")
     if not all(tests.values()):
         raise UserError("an evaluation set has no problems left: raise --max_prompt_tokens")
     longest = max(len(p.ids) for part in (problems, *tests.values()) for p in part)
@@ -1291,6 +1303,29 @@ def prepare_data(config, problems, tests, model, tokenizer):
     return problems, tests
 
 
+def set_up(config, data, out):
+    """Model, tokenizer, training problems, {name: evaluation problems}, optimizer, state: new or from a checkpoint."""
+    c = config
+    model, tokenizer = load_model(c)
+    problems, tests = prepare_data(c, *data, model, tokenizer)
+    if processes() > 1:
+        shard(model, c)
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999), weight_decay=c.weight_decay, fused=True)
+    state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
+    if c.resume:
+        load_checkpoint(out, model, optimizer, state, c)
+    if rank() == 0:
+        (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
+        os.replace(out / "config.tmp", out / "config.json")
+    size, sets = sum(p.numel() for p in model.parameters()), [f"{name} {len(p)}" for name, p in tests.items()]
+    print(f"model     {c.model}, {size / 1e6:.2f}M parameters, on {processes()} x {model.device.type}\n"
+          f"problems  {len(problems)} to train on; evaluation: {', '.join(sets) or 'none'}\n"
+          f"plan      {c.algo}{f', {c.ablation}' * (c.ablation != 'none')}, steps {state.step + 1} to {c.steps}, "
+          f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}\n"
+          f"folder    {out}")
+    return model, tokenizer, problems, tests, optimizer, state
+
+
 def train(config):
     """Evaluates, trains config.steps steps, evaluates again; writes everything into its folder and returns that. With
     config.analysis, a table instead."""
@@ -1298,52 +1333,38 @@ def train(config):
     join_processes(c)
     check_config(c)
     if c.analysis == "signs":
-        print("Share of groups of 8 prefixes whose advantage signs are all right, for true success rates spread around 0.5\n"
-              "(standard deviation: spread) and n continuations sampled from each prefix:")
+        print("Share of groups of 8 prefixes whose advantage signs are all right; true success rates around 0.5\n"
+              "(standard deviation: spread), n continuations sampled from each prefix:")
         return print_table(signs_table(seed=c.seed))
-    data = read_data(c)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    data = read_data(c)  # a mistake in a file is told before a folder is made
     out = everyone(open_run(c) if rank() == 0 else None)[0]
     try:
-        model, tokenizer = load_model(c)
-        problems, tests = prepare_data(c, *data, model, tokenizer)
-        if processes() > 1:
-            shard(model, c)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.999), weight_decay=c.weight_decay,
-                                      fused=True)
-        state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
-        if c.resume:
-            load_checkpoint(out, model, optimizer, state, c)
+        model, tokenizer, problems, tests, optimizer, state = set_up(c, data, out)
     except UserError:
         if rank() == 0 and not any(out.iterdir()):
             out.rmdir()
         raise
-    if rank() == 0:
-        (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
-        os.replace(out / "config.tmp", out / "config.json")
-    size = sum(p.numel() for p in model.parameters())
-    print(f"model     {c.model}, {size / 1e6:.2f}M parameters, on {processes()} x {model.device.type}\n"
-          f"problems  {len(problems)} to train on; evaluation: {', '.join(f'{k} {len(v)}' for k, v in tests.items()) or 'none'}")
     if c.analysis == "shortcut":
-        rows = shortcut_table(model, tokenizer, next(iter(tests.values()), problems)[:c.prompts_per_step], c)
+        rows = shortcut_table(model, tokenizer, tests.popitem()[1][:c.prompts_per_step], c)
         for row in rows:
             append(out / "shortcut.jsonl", row)
         return print_table(rows)
-    print(f"plan      {c.algo}{'' if c.ablation == 'none' else ', ' + c.ablation}, steps {state.step + 1} to {c.steps}, "
-          f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}\nfolder    {out}")
 
     def evaluate_all():
-        for name, problems in tests.items():
-            result = evaluate(model, tokenizer, problems, c)
-            append(out / "metrics.jsonl", dict(step=state.step, data=name, **result))
-            k = result["samples"]
-            tqdm.write(f"step {state.step:4d}  accuracy on {name}: {result['accuracy']:.3f} (avg@{k})  "
-                       f"{result['pass_at'][k]:.3f} (pass@{k})  {result['majority']:.3f} (maj@{k})")
+        for name, test in tests.items():
+            row = dict(step=state.step, data=name, **evaluate(model, tokenizer, test, c))
+            append(out / "metrics.jsonl", row)
+            tqdm.write("step {step:4d}  accuracy on {data}: {accuracy:.3f} (avg@{samples})  {best:.3f} (pass@{samples})"
+                       "  {majority:.3f} (maj@{samples})".format(**row, best=row["pass_at"][row["samples"]]))
 
     if state.step == 0 and (c.eval_every or not c.steps):
         evaluate_all()
-    bad, reading = 0, []
+    bad, reading, line = 0, [], (
+        "step {step:4d}  reward {reward:+.3f}  value {mc_value:+.3f}  accuracy {accuracy:.3f}  "
+        "segment {segment_tokens:.1f}  response {response_tokens:.1f}  zero-advantage {zero_advantage:.2f}  "
+        "{tokens_per_second:.0f} tokens/s")
     with tqdm(total=c.steps, initial=state.step, desc=c.algo, disable=rank() > 0 or None, leave=False) as bar:
         while state.step < c.steps:
             if STOP and not state.step:
@@ -1355,11 +1376,9 @@ def train(config):
                 append(out / "samples.jsonl", r)
             bad = bad + 1 if row["skipped"] else 0
             if bad == 3:
-                raise UserError(f"stopped at step {state.step}: gradient not finite in {bad} steps in a row; lower --lr")
+                raise UserError(f"stopped at step {state.step}: gradient not finite in 3 steps in a row; lower --lr")
             if state.step % max(1, c.steps // 20) == 0 or state.step == 1:
-                tqdm.write("step {step:4d}  reward {reward:+.3f}  value {mc_value:+.3f}  accuracy {accuracy:.3f}  "
-                           "segment {segment_tokens:.1f}  response {response_tokens:.1f}  zero-advantage {zero_advantage:.2f}  "
-                           "{tokens_per_second:.0f} tokens/s".format(**row))
+                tqdm.write(line.format(**row))
             if c.eval_every and (state.step % c.eval_every == 0 or state.step == c.steps):
                 evaluate_all()
             if STOP or c.save_every and (state.step % c.save_every == 0 or state.step == c.steps):
@@ -1369,7 +1388,7 @@ def train(config):
                 tqdm.write(f"stopped after step {state.step}; go on with: python skpo.py --resume --out {out}")
                 sys.exit(130)
     if c.steps:
-        weights = get_state_dict(model, optimizer, options=WHOLE)[0] if processes() > 1 else None
+        weights = get_model_state_dict(model, options=WHOLE)
         if rank() == 0:
             model.save_pretrained(out / "model", state_dict=weights)
             tokenizer.save_pretrained(out / "model")
