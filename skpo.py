@@ -110,7 +110,7 @@ class Config:
     resume: bool = HfArg(default=False, help="continue the run in --out from its checkpoint")
 
 
-EMBEDDED = dict(steps=80, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10, eval_every=40)
+EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10, eval_every=50)
 
 
 def check_config(c):
