@@ -4,6 +4,8 @@
     python skpo.py --model Qwen2.5-0.5B                     # from the hub, or a local folder; built-in arithmetic
     python skpo.py --model Qwen2.5-0.5B --data train.jsonl --eval_data aime24.jsonl,amc23.jsonl
     python skpo.py --algo grpo ...                          # the baseline, everything else the same
+    python skpo.py --ablation no_skip ...                   # a row of Table 2; --analysis signs: Appendix A.2
+    torchrun --standalone --nproc_per_node 8 skpo.py ...    # several GPUs
     python skpo.py --steps 0 --eval_data test.jsonl --model runs/x/model      # evaluation alone
 
 GRPO gives every token of a response the same credit. Token-level credit by Monte Carlo needs hundreds of samples per
@@ -1320,9 +1322,10 @@ def set_up(config, data, out):
     size, sets = sum(p.numel() for p in model.parameters()), [f"{name} {len(p)}" for name, p in tests.items()]
     print(f"model     {c.model}, {size / 1e6:.2f}M parameters, on {processes()} x {model.device.type}\n"
           f"problems  {len(problems)} to train on; evaluation: {', '.join(sets) or 'none'}\n"
-          f"plan      {c.algo}{f', {c.ablation}' * (c.ablation != 'none')}, steps {state.step + 1} to {c.steps}, "
-          f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}\n"
           f"folder    {out}")
+    if c.steps:
+        print(f"plan      {c.algo}{f', {c.ablation}' * (c.ablation != 'none')}, steps {state.step + 1} to {c.steps}, "
+              f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}")
     return model, tokenizer, problems, tests, optimizer, state
 
 

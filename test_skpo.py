@@ -958,7 +958,7 @@ def test_two_processes_learn_and_resume_on_one_and_back(folder, quick, tmp_path)
     model = skpo.load_model(Config(model=str(out / "model")))[0]
     for name, w in model.state_dict().items():  # both files hold the whole model
         assert torch.equal(w, saved["model"][name])
-    skpo.main(["--resume", "--out", str(out), "--steps", "31", "--save_every", "1"])
+    skpo.main(["--resume", "--out", str(out), "--steps", "31", "--save_every", "1", "--eval_every", "0"])
     done = torchrun(tmp_path, main, "--resume", "--out", str(out), "--steps", "32")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = rows_of(out, "reward")
