@@ -943,30 +943,32 @@ assert torch.allclose(skpo.response_logprobs(model, [[1, 2]], [[3, 4]])[0], skpo
 """
 
 
-def test_two_processes_take_the_step_of_one(tmp_path):
-    done = torchrun(tmp_path, SAME_STEP)
-    assert done.returncode == 0, done.stderr[-2000:]
+FAILURE = """
+print("STEPS ARE THE SAME", flush=True)
+if skpo.rank():
+    skpo.select_segment = lambda *a: 1 / 0
+skpo.main(sys.argv[1:])
+"""
 
 
-def test_two_processes_learn_and_resume_on_one_and_back(folder, quick, tmp_path):
-    out, main = tmp_path / "run", "import skpo\nskpo.main()"
-    done = torchrun(tmp_path, main, *flags(folder, out, steps=30, prompts_per_step=32, eval_every=30, save_every=30, eval_samples=4))
+def test_two_processes_take_the_step_of_one_and_fail_together(folder, tmp_path):
+    start = time.perf_counter()
+    done = torchrun(tmp_path, SAME_STEP + FAILURE, *flags(folder, tmp_path / "run", steps=500, eval_every=0))
+    assert "STEPS ARE THE SAME" in done.stdout, done.stderr[-2000:]
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr and time.perf_counter() - start < 90
+
+
+def test_two_processes_take_over_from_one_learn_and_hand_back(folder, quick, tmp_path):
+    out = tmp_path / "run"
+    skpo.main(flags(folder, out, steps=1, prompts_per_step=32, eval_samples=4, eval_every=30))
+    done = torchrun(tmp_path, "import skpo\nskpo.main()", "--resume", "--out", str(out), "--steps", "30", "--save_every", "30")
     assert done.returncode == 0, done.stderr[-2000:]
     scores = [r["accuracy"] for r in rows_of(out, "data")]
-    assert len(scores) == 2 and scores[1] > scores[0] + 0.25 and done.stdout.count("step   30") == 2
+    assert len(scores) == 3 and scores[2] > scores[0] + 0.25 and done.stdout.count("step   30") == 2
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     model = skpo.load_model(Config(model=str(out / "model")))[0]
     for name, w in model.state_dict().items():  # both files hold the whole model
         assert torch.equal(w, saved["model"][name])
-    skpo.main(["--resume", "--out", str(out), "--steps", "31", "--save_every", "1", "--eval_every", "0"])
-    done = torchrun(tmp_path, main, "--resume", "--out", str(out), "--steps", "32")
-    assert done.returncode == 0, done.stderr[-2000:]
+    skpo.main(["--resume", "--out", str(out), "--steps", "31", "--eval_every", "0"])
     rows = rows_of(out, "reward")
-    assert [r["step"] for r in rows] == list(range(1, 33)) and all(r["reward"] > rows[0]["reward"] for r in rows[29:])
-
-
-def test_a_process_that_fails_ends_the_run(folder, tmp_path):
-    start = time.perf_counter()
-    done = torchrun(tmp_path, "import os, skpo\nif os.environ['RANK'] == '1':\n    skpo.select_segment = lambda *a: 1 / 0\nskpo.main()",
-                    *flags(folder, tmp_path / "run", steps=500, eval_every=0))
-    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr and time.perf_counter() - start < 60
+    assert [r["step"] for r in rows] == list(range(1, 32)) and rows[30]["reward"] > rows[0]["reward"] + 0.2
