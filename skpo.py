@@ -125,30 +125,29 @@ def check_config(c):
                  "micro_tokens", "w_up", "w_down", "clip_low", "clip_high", "seed"):
         if not 0 <= getattr(c, name) < math.inf:
             raise UserError(f"--{name} must be 0 or more, not {getattr(c, name)}")
-    if c.group_size < 2:
-        raise UserError(f"--group_size must be 2 or more, not {c.group_size}: a prompt's samples are compared")
-    if c.prompts_per_step % c.minibatches:
-        raise UserError(f"--minibatches {c.minibatches} does not divide --prompts_per_step {c.prompts_per_step}")
-    if not 0 < c.split_low <= c.split_high <= 1:
-        raise UserError(f"the split needs 0 < --split_low {c.split_low:g} <= --split_high {c.split_high:g} <= 1")
-    if not 0 <= c.rho_min <= c.rho_max <= 1:
-        raise UserError(f"the trackers need 0 <= --rho_min {c.rho_min:g} <= --rho_max {c.rho_max:g} <= 1")
-    if c.clip_low >= 1:
-        raise UserError(f"--clip_low must be below 1, not {c.clip_low:g}")
-    if c.model == "embedded" and (c.data or c.eval_data):
-        raise UserError("the embedded model reads only its own problems: name a --model for --data and --eval_data")
-    if c.steps and not c.temperature:
-        raise UserError("--temperature 0 is greedy: good for evaluation (--steps 0), but it teaches nothing")
-    if c.ablation != "none" and c.algo != "skpo":
-        raise UserError(f"--ablation {c.ablation} changes SKPO: leave out --algo {c.algo}")
     for name in ("algo", "ablation", "analysis", "template", "dtype"):
         choices = next(f.type for f in fields(Config) if f.name == name).__args__
         if getattr(c, name) not in choices:
             raise UserError(f"--{name} must be one of {', '.join(choices)}, not {getattr(c, name)!r}")
-    if c.analysis != "none" and processes() > 1:
-        raise UserError("--analysis takes one process: leave out torchrun")
-    if processes() * c.minibatches > c.prompts_per_step:
-        raise UserError(f"{processes()} processes need as many prompts in each of the {c.minibatches} mini-batches")
+    for wrong, message in [
+        (c.group_size < 2, f"--group_size must be 2 or more, not {c.group_size}: a prompt's samples are compared"),
+        (c.prompts_per_step % c.minibatches,
+         f"--minibatches {c.minibatches} does not divide --prompts_per_step {c.prompts_per_step}"),
+        (not 0 < c.split_low <= c.split_high <= 1,
+         f"the split needs 0 < --split_low {c.split_low:g} <= --split_high {c.split_high:g} <= 1"),
+        (not 0 <= c.rho_min <= c.rho_max <= 1,
+         f"the trackers need 0 <= --rho_min {c.rho_min:g} <= --rho_max {c.rho_max:g} <= 1"),
+        (c.clip_low >= 1, f"--clip_low must be below 1, not {c.clip_low:g}"),
+        (c.model == "embedded" and (c.data or c.eval_data),
+         "the embedded model reads only its own problems: name a --model for --data and --eval_data"),
+        (c.steps and not c.temperature, "--temperature 0 is greedy: good for evaluation (--steps 0), but it teaches nothing"),
+        (c.ablation != "none" and c.algo != "skpo", f"--ablation {c.ablation} changes SKPO: leave out --algo {c.algo}"),
+        (c.analysis != "none" and processes() > 1, "--analysis takes one process: leave out torchrun"),
+        (processes() * c.minibatches > c.prompts_per_step,
+         f"{processes()} processes need as many prompts in each of the {c.minibatches} mini-batches"),
+    ]:
+        if wrong:
+            raise UserError(message)
     try:
         torch.empty(0, device=c.device or "cpu")
     except (RuntimeError, AssertionError) as error:
