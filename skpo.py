@@ -130,6 +130,7 @@ def check_config(c):
         if getattr(c, name) not in choices:
             raise UserError(f"--{name} must be one of {', '.join(choices)}, not {getattr(c, name)!r}")
     for wrong, message in [
+        (c.seed >= 2**63, "--seed must be below 2^63"),
         (c.group_size < 2, f"--group_size must be 2 or more, not {c.group_size}: a prompt's samples are compared"),
         (c.prompts_per_step % c.minibatches,
          f"--minibatches {c.minibatches} does not divide --prompts_per_step {c.prompts_per_step}"),
@@ -191,7 +192,7 @@ def load_problems(source):
         reference = str(answer).rsplit("####", 1)[-1].strip()
         if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not reference:
             raise UserError(f'{source}, line {number}: no text or number in "answer"')
-        problems.append(Problem(question.encode(errors="replace").decode(), reference))  # no lone surrogates
+        problems.append(Problem(*(x.encode(errors="replace").decode() for x in (question, reference))))  # no surrogates
     if not problems:
         raise UserError(f"{source} holds no problems")
     return problems
@@ -232,15 +233,19 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?", re.I)
 DECIMAL = re.compile(r"\.\d*[1-9]")  # 27.0 is an integer
 FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
              "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
-NAMED = re.compile(r"^\s*\\?[a-zA-Z](_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")  # x =, f(x) =, x in
-UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|"
+THOUSANDS = re.compile(r"^\s*[-+]?\d{1,3}(,\d{3})+(?=\.\d|\s*(\\?%)?\s*$)")  # 12,144 is a number, 12, 144 a list
+NAMED = re.compile(r"^\s*(\\[a-zA-Z]+|[A-Z]{2,3}|[a-zA-Z])(_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")  # x =, f(x) =, x in
+UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion|squared|cubed|factorial))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|"
                    r"am|pm)(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
 CONSTANTS = {r"\pi": MP.pi, r"\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}
+DEGREES = r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree"
 UNIFY = [(re.compile(pattern), new) for pattern, new in [
+    (r"\\mathrm\{\s*([ei])\s*\}", r"\1"), (r"\\text\{\s*((?:hundred|thousand|\w*illion)[^{}]*)\}", r" \1"),
+    (r"\\(le|ge)q(?![a-zA-Z])", r"\\\1"), (r"\\varnothing", r"\\emptyset"), (r"\\[dt]binom", r"\\binom"),
     (r"[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), ("√", r"\\sqrt "), ("×|·", r"\\times "), ("÷", "/"),
     (r"\\(?:left|right|displaystyle|limits|bigl?|bigr?|Bigl?|Bigr?)(?![a-zA-Z])|\\[!;:]|\\[()]|~", ""),
     (r"(?<=\d)(?:\{,\}|\\,|,\\!)(?=\d{3})", ""), (r"\\,|\\ |\\q?quad", " "),  # thousands, then spaces
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree|\\\$|[$£€]", ""),
+    (r"\\\$|[$£€]", ""), (DEGREES, ""),
     (r"\\[dtc]frac", r"\\frac"), (r"\\(?:lvert|rvert|vert|mid)(?![a-zA-Z])", "|"),
     (r"\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ","), (r"\*\*", "^"), (r"\\div(?![a-zA-Z])", "/"),
     (r"\\(?:cdot|ast)(?![a-zA-Z])|\*", r"\\times "), (r"\\infinity|infinity", r"\\infty "),
@@ -249,7 +254,7 @@ UNIFY = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<![\d.^_{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\d.^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
 ]]
-WRAP = re.compile(r"\\(?:(?:text|math)(?:rm|bf|it)?|mbox|operatorname|boxed)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
+WRAP = re.compile(r"\\(?:(?:text|math)(?:rm|bf|it)?|boldsymbol|mbox|operatorname|boxed)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
 
 
 def extract_answer(text):
@@ -287,9 +292,11 @@ def same_answer(a, b):
 
 def tidy(text):
     """LaTeX without its decoration: one spelling for each symbol, no units, no "x =", no final point."""
+    if re.search("sin|cos|tan|cot|sec|csc", text):  # elsewhere degrees are a unit
+        text = re.sub(DEGREES, r"\\times\\pi/180 ", text)
     for pattern, new in UNIFY:
         text = pattern.sub(new, text)
-    bare = WRAP.sub("", text)
+    bare = WRAP.sub(" ", text)
     text = bare if re.search(r"\w", bare) else WRAP.sub(r"\1", text)  # beside a value, text is a unit
     text = UNITS.sub("", text.strip().rstrip(".").strip())
     return re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", text).strip()
@@ -315,7 +322,7 @@ def members(text):
         return "", union
     if re.fullmatch(r"\\\{.*\\\}", text, re.S):
         return "", pieces(text[2:-2], ",")
-    if len(listed) > 1 and not re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*(\\?%)?", text):
+    if len(listed) > 1:
         return "", listed
     if text[:1] in ("(", "[", "{") and text[-1:] in (")", "]", "}") and len(inner) > 1 == len(listed):
         return "" if text[0] == "{" else text[0] + text[-1], inner
@@ -324,7 +331,8 @@ def members(text):
 
 def same_value(a, b):
     """Whether two tidy answers are equal: members of tuples, sets, ... one by one, words as words, else by value."""
-    a, b = (re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"_\{(\w+)\}", r"_\1", NAMED.sub("", t))) for t in (a, b))
+    a, b = (THOUSANDS.sub(lambda number: number[0].replace(",", ""), NAMED.sub("", t)) for t in (a, b))
+    a, b = (re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"_\{(\w)\}(?!\w)", r"_\1", t)) for t in (a, b))
     (kind, left), (other_kind, right) = members(a), members(b)
     if a == b or kind != other_kind or len(left) != len(right) or len(left) > 20:
         return a == b != ""
@@ -340,7 +348,7 @@ def same_value(a, b):
     if any(re.fullmatch(r"[a-zA-Z ]{3,}", text) for text in (a, b)):  # words are no products of letters
         return a.casefold().split() == b.casefold().split()
     percent = [text.endswith("%") for text in (a, b)]  # may stand for its number or its hundredth
-    a, b = (re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\s*\\?%$", "", text) for text in (a, b))
+    a, b = (re.sub(r"\s*\\?%$", "", text) for text in (a, b))
     loose, points = bool(DECIMAL.search(a + " " + b)), range(4 if re.search("[a-zA-Z]", a + b) else 1)
     pairs = [(latex_value(a, point), latex_value(b, point)) for point in points]
     scales = {(1, 1), (1, 1) if all(percent) else tuple(100 if p else 1 for p in percent)}
@@ -365,7 +373,9 @@ def close(a, b, loose):
 def power(a, b):
     """a ** b: exact for Fractions of modest size, ValueError instead of a huge number."""
     real = isinstance(a, Fraction) and isinstance(b, Fraction)
-    if real and b.denominator == 1 and abs(b) * (a.numerator.bit_length() + a.denominator.bit_length()) < 5000:
+    if real and b.denominator == 1:
+        if abs(b) * (a.numerator.bit_length() + a.denominator.bit_length()) > 25000:
+            raise ValueError("too large to be exact")
         return a ** int(b)
     if real and b == Fraction(1, 2) and a >= 0:
         root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
@@ -442,6 +452,11 @@ def latex_value(text, point=0):
             return abs(closed("|"))
         if token == r"\frac":
             return atom() * power(atom(), Fraction(-1))
+        if token == r"\binom":
+            n, k = atom(), atom()
+            if n not in range(301) or k not in range(301):
+                raise ValueError("binomial")
+            return Fraction(math.comb(int(n), int(k)))
         if token == r"\sqrt":
             root, value = closed("]") if take("[") else Fraction(2), atom()
             odd = isinstance(value, Fraction) and value < 0 and root % 2 == 1  # then the real root
@@ -1189,6 +1204,7 @@ def total(log):
 # ---- The run: files, checkpoints, the loop --------------------------------------------------------------------------
 
 STOP = []  # signals received: the step in progress is finished, a checkpoint written, the run ended
+LOOP = []  # filled when there are steps to finish: a signal before that ends the run at once
 
 
 def open_run(config):
@@ -1200,7 +1216,8 @@ def open_run(config):
         raise UserError(f"--resume: no checkpoint in {out}; start anew with another --out" if config.out else
                         "--resume needs --out, the folder of the run")
     if not config.resume and any((out / f).exists() for f in ("config.json", "metrics.jsonl", "model")):
-        raise UserError(f"{out} already holds a run: choose another --out, or continue that one with --resume")
+        more = ", or continue that one with --resume" * (out / "checkpoint.pt").exists()
+        raise UserError(f"{out} already holds a run: choose another --out{more}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".probe").write_text("writable\n")
@@ -1315,7 +1332,7 @@ def set_up(config, data, out):
     state = State(*(Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0.5, c.init_length)), {})
     if c.resume:
         load_checkpoint(out, model, optimizer, state, c)
-    if rank() == 0:
+    if rank() == 0 and (c.steps or not c.resume):  # a look at a run leaves its settings alone
         (out / "config.tmp").write_text(json.dumps(asdict(c), indent=1) + "\n")
         os.replace(out / "config.tmp", out / "config.json")
     size, sets = sum(p.numel() for p in model.parameters()), [f"{name} {len(p)}" for name, p in tests.items()]
@@ -1361,16 +1378,15 @@ def train(config):
             tqdm.write("step {step:4d}  accuracy on {data}: {accuracy:.3f} (avg@{samples})  {best:.3f} (pass@{samples})"
                        "  {majority:.3f} (maj@{samples})".format(**row, best=row["pass_at"][row["samples"]]))
 
-    if state.step == 0 and (c.eval_every or not c.steps):
+    if state.step == 0 and c.eval_every or not c.steps:
         evaluate_all()
     bad, reading, line = 0, [], (
         "step {step:4d}  reward {reward:+.3f}  value {mc_value:+.3f}  accuracy {accuracy:.3f}  "
         "segment {segment_tokens:.1f}  response {response_tokens:.1f}  zero-advantage {zero_advantage:.2f}  "
         "{tokens_per_second:.0f} tokens/s")
+    LOOP.append(True)
     with tqdm(total=c.steps, initial=state.step, desc=c.algo, disable=rank() > 0 or None, leave=False) as bar:
         while state.step < c.steps:
-            if STOP and not state.step:
-                sys.exit(130)  # nothing to save yet
             state.step += 1
             row, reading = training_step(model, tokenizer, optimizer, problems, state, c)
             append(out / "metrics.jsonl", row)
@@ -1403,10 +1419,11 @@ def summarise(out, reading):
     rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     for name in dict.fromkeys(r["data"] for r in rows if "data" in r):
         scores = [r for r in rows if r.get("data") == name]
-        print(f"\naccuracy on {name}: {scores[0]['accuracy']:.3f} before, {scores[-1]['accuracy']:.3f} after "
+        first = f"at step {scores[0]['step']}" if scores[0]["step"] else "before"
+        print(f"\naccuracy on {name}: {scores[0]['accuracy']:.3f} {first}, {scores[-1]['accuracy']:.3f} after "
               f"(avg@{scores[0]['samples']}, {scores[0]['problems']} problems)")
     if reading:
-        cut = lambda text: repr(text if len(text) < 160 else f"{text[:100]} ... {text[-50:]}")[1:-1]
+        cut = lambda text: (text if len(text) < 160 else f"{text[:100]} ... {text[-50:]}").replace("\n", "\\n")
         print(f"\nproblem   {cut(reading[0]['question'])}   answer {reading[0]['answer']}")
         if reading[0]["segment"]:
             print(f"segment   {cut(reading[0]['segment'])}   value {reading[0]['value']:+.2f}")
@@ -1451,7 +1468,7 @@ def parse_config(argv):
 
 
 def interrupt(number, frame):
-    if STOP:
+    if STOP or not LOOP:
         raise KeyboardInterrupt
     STOP.append(number)
     print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr)
@@ -1460,7 +1477,7 @@ def interrupt(number, frame):
 def main(argv=None):
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
-        if "LOCAL_RANK" not in os.environ and config.steps and config.analysis == "none":  # torchrun stops all at once
+        if "LOCAL_RANK" not in os.environ :  # torchrun stops all at once
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt)
         train(config)
