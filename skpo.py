@@ -1293,7 +1293,7 @@ def prepare_data(config, problems, tests, model, tokenizer):
     """read_data's problems with their prompts' ids; too-long prompts are dropped, aloud. Without data, those built in
     for the model; without tests, an eighth is held out."""
     c, problems = config, problems or builtin_problems(getattr(model.config, "problems", "arithmetic"))
-    if not tests and not c.steps:
+    if not tests and not c.steps and not c.resume:
         tests = {"data": problems}
     elif not tests:  # whatever the other settings: a run may be resumed with others
         held, order = min(256, len(problems) // 8), np.random.default_rng(0).permutation(len(problems))

@@ -763,6 +763,13 @@ def test_evaluation_alone_changes_nothing(quick, tmp_path):
     assert [r["step"] for r in rows_of(out)] == [0] and not (out / "model").exists()
 
 
+def test_a_look_at_a_run_leaves_it_as_it_was(quick, tmp_path):
+    out = skpo.train(config(tmp_path, steps=1, prompts_per_step=8, eval_every=0, save_every=1))
+    before = (out / "config.json").read_bytes()
+    skpo.main(["--resume", "--out", str(out), "--steps", "0", "--eval_samples", "1"])
+    assert [(r["step"], r["problems"]) for r in rows_of(out, "data")] == [(1, 256)] and (out / "config.json").read_bytes() == before
+
+
 def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
     """kill -9 at three moments, one of them inside a save; the rows are those of a run that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
