@@ -141,7 +141,8 @@ def check_config(c):
         (c.clip_low >= 1, f"--clip_low must be below 1, not {c.clip_low:g}"),
         (c.model == "embedded" and (c.data or c.eval_data),
          "the embedded model reads only its own problems: name a --model for --data and --eval_data"),
-        (c.steps and not c.temperature, "--temperature 0 is greedy: good for evaluation (--steps 0), but it teaches nothing"),
+        (c.steps and not c.temperature,
+         "--temperature 0 is greedy: good for evaluation (--steps 0), but it teaches nothing"),
         (c.ablation != "none" and c.algo != "skpo", f"--ablation {c.ablation} changes SKPO: leave out --algo {c.algo}"),
         (c.analysis != "none" and processes() > 1, "--analysis takes one process: leave out torchrun"),
         (processes() * c.minibatches > c.prompts_per_step,
@@ -234,9 +235,11 @@ DECIMAL = re.compile(r"\.\d*[1-9]")  # 27.0 is an integer
 FUNCTIONS = {name: getattr(MP, {"arc": "a"}.get(name[:3], name[:3]) + name[3:]) for name in
              "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan exp ln".split()} | {"log": MP.ln}
 THOUSANDS = re.compile(r"^\s*[-+]?\d{1,3}(,\d{3})+(?=\.\d|\s*(\\?%)?\s*$)")  # 12,144 is a number, 12, 144 a list
-NAMED = re.compile(r"^\s*(\\[a-zA-Z]+|[A-Z]{2,3}|[a-zA-Z])(_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")  # x =, f(x) =, x in
-UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion|squared|cubed|factorial))([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|"
-                   r"am|pm)(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
+# x =, f(x) =, x in
+NAMED = re.compile(r"^\s*(\\[a-zA-Z]+|[A-Z]{2,3}|[a-zA-Z])(_\{?\w\}?)?(\([a-z]\))?\s*(=|\\in(?![a-zA-Z]))\s*")
+UNITS = re.compile(r"(?<=[\d}])\s*\b(?!\w*(?:hundred|thousand|illion|squared|cubed|factorial))"
+                   r"([a-zA-Z]{3,}[a-zA-Z. ]*|[cmk]m|kg|in|ft|ml|hr|am|pm)"
+                   r"(\^\s*\{?\d\}?)?$|(?<=\d)([cmk]m|kg|ft|ml)$")
 CONSTANTS = {r"\pi": MP.pi, r"\infty": MP.inf, "e": MP.e, "i": MP.mpc(0, 1)}
 DEGREES = r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree"
 UNIFY = [(re.compile(pattern), new) for pattern, new in [
@@ -254,7 +257,8 @@ UNIFY = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<![\d.^_{])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\d.^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
 ]]
-WRAP = re.compile(r"\\(?:(?:text|math)(?:rm|bf|it)?|boldsymbol|mbox|operatorname|boxed)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?")
+WRAP = re.compile(r"\\(?:(?:text|math)(?:rm|bf|it)?|boldsymbol|mbox|operatorname|boxed)\s*\{([^{}]*)\}"
+                  r"(?:\s*\^\s*\{?\d\}?)?")
 
 
 def extract_answer(text):
@@ -1340,8 +1344,9 @@ def set_up(config, data, out):
           f"problems  {len(problems)} to train on; evaluation: {', '.join(sets) or 'none'}\n"
           f"folder    {out}")
     if c.steps:
+        rows = f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens"
         print(f"plan      {c.algo}{f', {c.ablation}' * (c.ablation != 'none')}, steps {state.step + 1} to {c.steps}, "
-              f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens, lr {c.lr:g}")
+              f"{rows}, lr {c.lr:g}")
     return model, tokenizer, problems, tests, optimizer, state
 
 
