@@ -177,8 +177,10 @@ def load_problems(source):
     problems = []
     try:
         lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {source} as text: {brief(error)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not text: JSON lines are wanted") from None
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -186,7 +188,8 @@ def load_problems(source):
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON ({str(error)[:80]})") from None
-        row = row if isinstance(row, dict) else {}
+        if not isinstance(row, dict):
+            raise UserError(f'{source}, line {number}: not an object with "question" and "answer"')
         question, answer = row.get("question", row.get("problem")), row.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f'{source}, line {number}: no text in "question" or "problem"')
@@ -582,6 +585,7 @@ def prepended_bos(tokenizer):
 
 @dataclass
 class Sample:
+    """What was sampled after a prompt."""
     tokens: list  # ids, EOS included
     logprobs: list  # nats, of each token under the policy that sampled it
     finished: bool  # the last token is an EOS
@@ -888,10 +892,15 @@ def pass_tokens(config, model):
     return config.micro_tokens or (4096 if model.device.type == "cuda" else 1024)
 
 
+def compute_dtype(config, device):
+    """bfloat16 on a GPU, float32 elsewhere, or what was asked for."""
+    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def autocast(config, device):
     """bfloat16 compute over float32 master weights, which a step of 1e-6 still reaches; float32 where asked."""
-    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(config, device) == torch.bfloat16)
 
 
 # ---- One training step: the algorithm, in the order of the paper ----------------------------------------------------
@@ -1033,9 +1042,9 @@ def evaluate(model, tokenizer, problems, config):
     each_shard(model, "unshard")
     mine, k = np.arange(rank(), len(problems), processes()), config.eval_samples if config.temperature else 1
     at_once = max(1, config.prompts_per_step * config.group_size // k // processes())  # as many rows as training has
-    right, majority = [], []
+    right, majority, sample = [], [], sampler(model, tokenizer, config)
     for part in (mine[i:i + at_once] for i in range(0, len(mine), at_once)):
-        groups = sampler(model, tokenizer, config)([problems[i].ids for i in part], k, config.max_new_tokens)
+        groups = sample([problems[i].ids for i in part], k, config.max_new_tokens)
         for i, group in zip(part, groups):
             texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
             right.append([is_correct(text, problems[i].answer) for text in texts])  # [M][k]
@@ -1086,7 +1095,7 @@ def signs_table(spreads=(0.01, 0.02, 0.05, 0.1, 0.2, 0.4), samples=(8, 32, 128, 
     rng, table = np.random.default_rng(seed), []
     for spread in spreads:
         rates = np.clip(rng.normal(0.5, spread, (trials, G)), 0, 1)
-        table.append({"spread": spread} | {f"n={n}": mean(sign_accuracy(rates, n, rng)[1]) for n in samples})
+        table.append({"spread": spread} | {f"n={n}": float(sign_accuracy(rates, n, rng)[1]) for n in samples})
     return table
 
 
@@ -1118,6 +1127,7 @@ def shortcut_table(model, tokenizer, problems, config):
 
 
 def print_table(rows):
+    """Dicts of like keys as aligned columns."""
     cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
@@ -1149,11 +1159,9 @@ def shard(model, config):
     """FSDP2: of weights, gradients and optimiser state each process holds its part, in float32. The weights that
     compute (bfloat16, or config.dtype) are whole on every process and gathered anew after each optimiser step only, so
     that the processes may sample different lengths without waiting for one another."""
-    with autocast(config, model.device):
-        compute = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    options = dict(mp_policy=MixedPrecisionPolicy(compute, torch.float32), reshard_after_forward=False)
+    policy = MixedPrecisionPolicy(compute_dtype(config, model.device), torch.float32)
     for module in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])] + [model]:
-        fully_shard(module, **options)
+        fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
         module.set_gradient_divide_factor(1)  # a sum over processes, no mean: a row's weight is that in the whole batch
         module.set_force_sum_reduction_for_comms(True)
@@ -1232,6 +1240,7 @@ def open_run(config):
 
 
 def append(path, row):
+    """One more line of JSON, by the first process."""
     if rank() == 0:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -1437,7 +1446,7 @@ def summarise(out, reading):
     rewards = np.array([r["reward"] for r in rows if "reward" in r])
     if all(r.get("grad_norm", 0) == 0 for r in rows):
         print("\nNothing was learned: all rewards were alike. Take easier problems or a stronger model.")
-    curve = [float(part.mean()) for part in np.array_split(rewards, min(60, len(rewards)))]
+    curve = [mean(part) for part in np.array_split(rewards, min(60, len(rewards)))]
     low, high = min(curve), max(curve)
     bars = "".join("▁▂▃▄▅▆▇█"[int(7.99 * (v - low) / (high - low or 1))] for v in curve)
     print(f"\nreward    {bars}  {curve[0]:+.2f} to {curve[-1]:+.2f}\nfiles     {out}: config.json, metrics.jsonl, "
@@ -1473,6 +1482,7 @@ def parse_config(argv):
 
 
 def interrupt(number, frame):
+    """The first signal lets the step in progress end and be saved; a second, or one before any step, does not."""
     if STOP or not LOOP:
         raise KeyboardInterrupt
     STOP.append(number)
@@ -1480,9 +1490,10 @@ def interrupt(number, frame):
 
 
 def main(argv=None):
+    """Runs; every mistake of the user's ends in one line and an exit code that is not 0."""
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv)
-        if "LOCAL_RANK" not in os.environ :  # torchrun stops all at once
+        if "LOCAL_RANK" not in os.environ:  # torchrun stops all at once
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, interrupt)
         train(config)

@@ -439,8 +439,8 @@ def loss_inputs():
     return logprobs, old, torch.tensor([1.5, -0.7, 0.4, -2.0]), mask, torch.tensor([0.1, 0.2, 0.3, 0.05])
 
 
-@pytest.mark.parametrize("loss_function, high", [(skpo.downstream_loss, 1.28), (skpo.upstream_loss, 1.2)])
-def test_losses_and_gradients_against_a_loop(loss_function, high):
+@pytest.mark.parametrize("loss_function, high, enough", [(skpo.downstream_loss, 1.28, 3), (skpo.upstream_loss, 1.2, 1)])
+def test_losses_and_gradients_against_a_loop(loss_function, high, enough):
     logprobs, old, A, mask, w = loss_inputs()
     total, gradient, beyond = 0.0, np.zeros((4, 5)), 0
     for i, t in mask.nonzero().tolist():
@@ -458,7 +458,7 @@ def test_losses_and_gradients_against_a_loop(loss_function, high):
     logprobs.requires_grad_()
     loss = loss_function(logprobs, old, A, mask, w, 0.2, high - 1)
     loss.backward()
-    assert beyond > 1 and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
+    assert beyond > enough and np.isclose(loss.item(), total, atol=1e-6) and np.allclose(logprobs.grad, gradient, atol=1e-6)
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -852,8 +852,8 @@ def files(tmp_path):
     ("--model {}/emptymodel", "cannot load --model"), ("--model x --data {}/none.jsonl", "cannot read"),
     ("--model x --data {}/empty.jsonl", "no problems"), ("--model x --data {}/blank.jsonl", "no problems"),
     ("--model x --data {}/broken.jsonl", "line 2: not JSON"), ("--model x --data {}/noanswer.jsonl", "line 1: no text or number"),
-    ("--model x --data {}/noquestion.jsonl", "line 1: no text in"), ("--model x --data {}/list.jsonl", "line 1: no text in"),
-    ("--model x --data {}/binary.jsonl", "as text"), ("--model x --data {}", "cannot read"),
+    ("--model x --data {}/noquestion.jsonl", "line 1: no text in"), ("--model x --data {}/list.jsonl", "line 1: not an object"),
+    ("--model x --data {}/binary.jsonl", "not text"), ("--model x --data {}", "cannot read"),
     ("--model x --data {}/good.jsonl", "fewer problems than --prompts_per_step 128"),
     ("--data {}/good.jsonl", "name a --model"), ("--model x --eval_data {}/good.jsonl,{}/none.jsonl", "cannot read"),
     ("--group_size 1", "--group_size must be 2 or more"), ("--prompts_per_step 0", "--prompts_per_step must be above 0"),
