@@ -663,10 +663,12 @@ def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     live only while they are used: the backward pass computes them again."""
     def piece(h, target):
         logits = head(h).float() / temperature  # [m, V]
-        p = torch.distributions.Categorical(logits=logits, validate_args=False)
+        normaliser = logits.logsumexp(1)  # [m]
+        logprobs = logits.gather(1, target[:, None]).squeeze(1) - normaliser  # [m]
         with torch.no_grad():
-            entropy = p.entropy()  # [m]
-        return p.log_prob(target), entropy
+            p = (logits - normaliser[:, None]).exp()  # [m, V]
+            entropy = normaliser - torch.linalg.vecdot(p, logits)  # [m]
+        return logprobs, entropy
     chunks = zip(hidden.split(chunk), targets.split(chunk))
     parts = [checkpoint(piece, h, target, use_reentrant=False) for h, target in chunks]
     return [torch.cat(x) for x in zip(*parts)]
@@ -874,9 +876,6 @@ def value_of(tokens, sign):
 
 
 # ---- 11. Problems, prompts, the model ------------------------------------------------------------
-
-BUILTIN = ("sums", "arithmetic")
-
 
 class UserError(Exception):
     """A mistake that its maker can mend: shown as one line, without a traceback."""
@@ -1115,7 +1114,7 @@ def check_config(config):
         if not eval(condition, {"inf": math.inf}, vars(config)):
             raise UserError(message or f"wrong flags: wanted is {condition}")
     for path in filter(None, [config.data, *config.eval_data.split(",")]):
-        if path not in BUILTIN and not Path(path).is_file():
+        if path not in ("sums", "arithmetic") and not Path(path).is_file():
             raise UserError(f"there is no file {path}")
 
 
@@ -1130,27 +1129,22 @@ def load_data(config, model, tokenizer):
         held = max(1, min(256, len(train) // 8))
         tests["held-out"] = [train[i] for i in order[:held]]
         train = [train[i] for i in sorted(order[held:])]
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    context -= c.max_new_tokens  # what is left for a prompt, and for a segment ahead of it
-    if c.algo == "skpo" and c.steps:
+    room = getattr(model.config, "max_position_embeddings", math.inf) - c.max_new_tokens
+    if c.algo == "skpo" and c.steps:  # for a segment ahead of the prompt
         longest = max(c.init_length, c.max_new_tokens)
-        context -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
+        room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
+    room = min(room, c.max_prompt_tokens)
 
     def prepared(name, problems, wanted):
-        fits = []
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
-            if 0 < len(p.ids) <= c.max_prompt_tokens:
-                fits.append(p)
+        fits = [p for p in problems if 0 < len(p.ids) <= room]
         if len(fits) < len(problems):
-            print(f"{name}: dropped {len(problems) - len(fits)} of {len(problems)} problems, whose "
-                  f"prompts are longer than --max_prompt_tokens {c.max_prompt_tokens}")
+            print(f"{name}: dropped {len(problems) - len(fits)} of {len(problems)} problems: "
+                  f"--max_prompt_tokens and the model's context leave {room} tokens for a prompt")
         if len(fits) < wanted:
-            raise UserError(f"{name}: {len(fits)} problems, {wanted} are wanted: see "
-                            "--prompts_per_step, --max_prompt_tokens")
-        if max(len(p.ids) for p in fits) > context:
-            raise UserError(f"{name}: the model's context leaves {context} tokens for the prompt: "
-                            "lower --max_new_tokens or --max_prompt_tokens")
+            raise UserError(f"{name}: {len(fits)} problems are too few: lower --prompts_per_step, "
+                            "or --max_new_tokens, which leaves more of the context to a prompt")
         return fits
     train = prepared("training", train, c.prompts_per_step if c.steps else 1)
     limit = c.eval_problems or None
@@ -1288,7 +1282,7 @@ def parse_config(argv):
     first = parser.parse_args(argv)
     saved = Path(first.out, "config.json")
     if first.resume and first.out and saved.is_file():
-        parser.set_defaults(**json.loads(saved.read_text()) | dict(resume=True))
+        parser.set_defaults(**json.loads(saved.read_text()))
     elif first.model == "embedded":
         parser.set_defaults(**EMBEDDED)
     elif not torch.cuda.is_available():
@@ -1305,7 +1299,7 @@ def main(argv=None):
         train(parse_config(argv))
         if "LOCAL_RANK" in os.environ:
             dist.destroy_process_group()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, json.JSONDecodeError) as error:
         sys.exit(f"skpo.py: {error}")
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")

@@ -664,7 +664,7 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
 @pytest.mark.parametrize("arguments, words", [
     ("--model @/none", "cannot use --model"), ("--resume --out=", "needs --out"),
     ("--model qwen2.5-none", "--model Qwen/qwen2.5-none"), ("--model @/nomodel", "cannot use"),
-    ("--model @/narrow", "the model's context leaves"), ("--model x --data @/none", "no file"),
+    ("--model @/narrow", "or --max_new"), ("--model x --data @/none", "no file"),
     ("--model x --eval_data @/good,@/none", "no file"), ("--group_sze 4", "--group_sze"),
     ("--out @/run", "holds a run"), ("--model @/model --data @/few", "training: 7 problems"),
     ("--model @/model --data @/broken", "line 2: not a JSON"), ("--data @/good", "need a --model"),
