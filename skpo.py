@@ -288,8 +288,9 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     # 3. Select the segment of median surprise, drop the others.
     segments = []  # [B]
     for group in drawn:
-        cut = [cut_segment(s) for s in group]
-        segments.append(cut[select([s.logprobs for s in cut])])
+        group = [cut_segment(s) for s in group]
+        logprobs = [s.logprobs for s in group]
+        segments.append(group[select(logprobs)])
 
     # 4. and 5. Downstream, phase II: G responses from the skip-connected prompt [s, q].
     responses = respond(sample, segments, tokenizer, c)  # [B][G]
@@ -318,7 +319,8 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
             o.weight = 1 / (tokens * per_batch)  # eq. 5
 
     # How far pi has moved since it last saw q, for step 11; step 10 moves it again.
-    drift = policy_drift(model, [state.last.get(i) for i in chosen.tolist()], c)  # [B], nats
+    before = map(state.last.get, chosen.tolist())  # None at a first visit
+    drift = policy_drift(model, list(before), c)  # [B], nats
 
     # 10. One optimiser step a mini-batch.
     groups = [[s] + group for s, group in zip(segments, responses)]  # [B][1 + G]
@@ -583,6 +585,7 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     cache.batch_repeat_interleave(n)
     bar = tqdm(total=len(rows), desc="sampling", leave=False)
     start = time.perf_counter()
+    total = 0
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
     model.generation_config = GenerationConfig(
         do_sample=temperature > 0, top_k=0 if temperature else None, pad_token_id=0,
@@ -604,11 +607,11 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
             s.finished = bool(ends)
             s.tokens += new[:min(ends, default=None)]
+            total += len(s.tokens) - len(s.logprobs)
             s.logprobs += logprobs[j][:len(s.tokens) - len(s.logprobs)]
             if not s.finished and len(s.tokens) < limit:
                 staying.append(j)
         bar.update(len(rows) - len(staying))
-        total = sum(len(s.tokens) for group in groups for s in group)
         bar.set_postfix_str(f"{total / (time.perf_counter() - start):.0f} tokens/s")
         if len(staying) < len(rows):
             rows = [rows[j] for j in staying]
@@ -650,11 +653,10 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     hidden = model.base_model(
         ids, attention_mask=torch.cat([before, mask], 1).long(), position_ids=positions,
         **{CACHE: cache}, use_cache=True).last_hidden_state  # [N, T, D]
-    packed = chunked_logprobs(model.get_output_embeddings(), hidden[mask], targets[mask],
-                              temperature)  # 2 x [sum of lengths]
+    logprobs, entropy = chunked_logprobs(
+        model.get_output_embeddings(), hidden[mask], targets[mask], temperature)  # [sum of lengths]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    logprobs, entropy = [zeros.masked_scatter(mask, x) for x in packed]  # [N, T]
-    return logprobs, entropy, mask
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask
 
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
@@ -895,7 +897,7 @@ def load_problems(source):
     one by one, modulo 10; "arithmetic", for a pretrained one. Raises UserError."""
     rng = np.random.default_rng(20260409)
     if source == "sums":
-        digits = [f"{d:06d}" for d in rng.permutation(10**6)[:2048]]
+        digits = map("{:06d}".format, rng.permutation(10**6)[:2048])
         return [Problem(d, str(sum(map(int, d)) % 10)) for d in digits]
     if source == "arithmetic":
         triples = np.unique(rng.integers(2, 100, (2048, 3)), axis=0).tolist()
@@ -976,7 +978,7 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
     often wrong. In half of the documents an attempt stands ahead of the problem, as in [s, q]."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     words = [*"0123456789=", "\\boxed{", "}", "<eos>", "<unk>"]
-    vocab = {word: i for i, word in enumerate(words)}
+    vocab = dict(zip(words, range(len(words))))
     chars = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     chars.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     chars.decoder = decoders.Fuse()
@@ -1198,8 +1200,9 @@ def set_up(config):
     shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999),
                                   weight_decay=c.weight_decay, fused=True)
-    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, c.init_length)]
-    state = State(*trackers, {})
+    memory = (c.rho_min, c.rho_max, c.tau)
+    values = Tracker(len(problems), 0, *memory)
+    state = State(values, Tracker(len(problems), c.init_length, *memory), {})
     if c.resume:
         try:
             load_checkpoint(out, model, optimizer, state)
@@ -1211,7 +1214,7 @@ def set_up(config):
         out.mkdir(parents=True, exist_ok=True)
         if c.steps:  # evaluation alone leaves a run's settings as they are
             (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = model.num_parameters() / 1e6
     sets = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
     print(f"model     {c.model}, {size:.2f}M parameters, {dist.get_world_size()} x {model.device}"
           f"\nproblems  {len(problems)}; to evaluate on: {sets}, x {c.eval_samples} samples"
