@@ -365,6 +365,7 @@ def update(model, optimizer, samples, config):
     nothing to the gradient and is not run: it counts in the others' weights. paper silent: with no
     advantage at all no step is taken, for AdamW's moments and decay would move the weights.
     Returns sums over the tokens run, and the norm of the gradient before it is clipped."""
+    join_processes()
     part = {True: config.w_up, False: config.w_down}
     rows = [s for s in samples if s.advantage and part[s.upstream]]
     sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
@@ -1016,7 +1017,7 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
 
 def join_processes():
     """torchrun's processes, one a GPU, or several on the CPU; without torchrun a group of this one
-    alone, so that nothing below asks how many there are. The first one prints."""
+    alone, so that nothing below asks how many there are. The first one prints. Joins once."""
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
@@ -1082,6 +1083,7 @@ def begin(model, tokenizer, config, step):
     """Random numbers that depend on seed and step alone, so that a resumed run needs no others:
     NumPy's, the same in all processes, and torch's, others in each. Returns (rng, sample, log);
     sample(prompts, n, limits) -> [P][n] Samples is `generate`, dealt out to the processes."""
+    join_processes()
     rng = np.random.default_rng([config.seed, step])
     torch.manual_seed(int(rng.integers(2**62)) + dist.get_rank())
     log = dict(step=step, start=time.perf_counter(), tokens=0)
