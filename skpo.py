@@ -146,9 +146,15 @@ def cut_segment(sample):
     that is EOS alone stays so."""
     if not sample.finished:
         return sample
-    half = max(1, (len(sample.tokens) - 1) // 2)
-    return replace(sample, tokens=sample.tokens[:half], logprobs=sample.logprobs[:half],
-                   finished=False, complete=sample.tokens)
+    half = (len(sample.tokens) - 1) // 2
+    half = max(1, half)
+    return replace(
+        sample,
+        tokens=sample.tokens[:half],
+        logprobs=sample.logprobs[:half],
+        finished=False,
+        complete=sample.tokens,
+    )
 
 
 def select_segment(logprobs, target=np.median):
@@ -193,18 +199,21 @@ class Tracker:
         """indices [B], distinct; observations [B]; divergences [B]: D since the last visit, nats.
         With the paper's tau of 8 nats rho is rho_max at nearly every visit: the memory is all but
         constant, 1 / (1 - 0.96) = 25 observations long."""
-        rho = 2.0 ** (-np.asarray(divergences, float) / self.tau)
-        rho = np.clip(rho, self.rho_min, self.rho_max)
-        eta = 1 / (rho * self.count[indices] + 1)  # 1 at the first visit
-        self.value[indices] += eta * (np.asarray(observations, float) - self.value[indices])
-        self.count[indices] = 1 / eta
+        D = np.asarray(divergences, float)
+        rho = np.clip(2.0 ** (-D / self.tau), self.rho_min, self.rho_max)
+        N = rho * self.count[indices] + 1
+        error = np.asarray(observations, float) - self.value[indices]
+        self.value[indices] += error / N  # the first observation replaces the initial value
+        self.count[indices] = N
 
 
 def choose_prompts(values, n, rng, eps=0.05):
     """n distinct prompts, those of middling value most often: weight sqrt(v (1 - v)) + eps with
     v = (1 + V) / 2 (SPO eq. 11). values [size] in [-1, 1] -> n indices."""
-    weight = np.sqrt(np.clip(1 - values**2, 0, None)) / 2 + eps
-    return rng.choice(len(values), n, replace=False, p=weight / weight.sum())
+    variance = np.clip(1 - values**2, 0, None) / 4  # v (1 - v)
+    weight = np.sqrt(variance) + eps
+    p = weight / weight.sum()
+    return rng.choice(len(values), n, replace=False, p=p)
 
 
 # ---- 4. Advantages and losses (Section 3.2) ------------------------------------------------------
@@ -212,9 +221,10 @@ def choose_prompts(values, n, rng, eps=0.05):
 def standardise(x):
     """(x - mean) / std along the last dimension; 0, not NaN, where all values there are equal.
     paper silent: the population's std, without an epsilon."""
-    equal = (x - x[..., :1]).abs().amax(-1, keepdim=True) < 1e-9
-    std = x.std(-1, correction=0, keepdim=True).masked_fill(equal, 1)
-    return ((x - x.mean(-1, keepdim=True)) / std).masked_fill(equal, 0)
+    mean = x.mean(-1, keepdim=True)
+    std = x.std(-1, correction=0, keepdim=True)
+    equal = std < 1e-9  # but for rounding
+    return torch.where(equal, 0.0, (x - mean) / std)
 
 
 def group_advantages(rewards):
@@ -224,7 +234,8 @@ def group_advantages(rewards):
 
 def upstream_advantages(values, baselines):
     """Upstream: A = R_I - V(q), normalised over the batch (SPO). [B], [B] in [-1, 1] -> [B]."""
-    return standardise(torch.as_tensor(values).double() - torch.as_tensor(baselines))
+    A = torch.as_tensor(values).double() - torch.as_tensor(baselines)
+    return standardise(A)
 
 
 def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.28):
@@ -283,7 +294,8 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     # 2. Upstream, phase I: G segments a prompt, each paused at t_q (eq. 2), or cut to half.
     L_q = state.lengths.value[chosen]  # [B], tokens
     t_q = [split(L, rng, c.split_low, c.split_high) for L in L_q]  # [B], tokens
-    drawn = sample(q, c.group_size, np.minimum(t_q, c.max_new_tokens))  # [B][G]
+    t_q = np.minimum(t_q, c.max_new_tokens)
+    drawn = sample(q, c.group_size, t_q)  # [B][G]
 
     # 3. Select the segment of median surprise, drop the others.
     segments = []  # [B]
@@ -328,7 +340,9 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
 
     # 11. Trackers; the segments are kept to measure the drift at the next visit.
     state.values.update(chosen, R_I, drift)
-    lengths = [np.mean([len(o.complete or o.tokens) for o in group]) for group in responses]
+    lengths = []  # [B], mean tokens of a response
+    for group in responses:
+        lengths.append(np.mean([len(o.complete or o.tokens) for o in group]))
     state.lengths.update(chosen, lengths, drift)
     state.last.update(zip(chosen.tolist(), segments))
 
