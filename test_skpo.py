@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests of skpo.py against independent arithmetic and plain forward passes. Small models, a CPU."""
-import copy, json, math, os, random, re, shutil, subprocess, sys, time
-from contextlib import nullcontext
+import contextlib, copy, json, math, os, random, re, shutil, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +8,7 @@ from unittest.mock import MagicMock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # so small a model only has threads wait for one another
 os.environ["HF_HUB_OFFLINE"] = "1"
-import numpy as np, pytest, torch, transformers
-import skpo
+import numpy as np, pytest, skpo, torch, transformers
 from skpo import Config, Problem, Sample, Tracker
 HERE = Path(__file__).parent
 
@@ -556,7 +554,7 @@ def test_models_whose_policy_would_be_wrong_are_refused(name, right, settings, m
         weight.data += 0.3 * torch.randn_like(weight)
     monkeypatch.setattr(skpo, "AutoTokenizer", MagicMock())
     monkeypatch.setattr(skpo.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
-    with nullcontext() if right else pytest.raises(skpo.UserError, match="cannot use --model"):
+    with contextlib.nullcontext() if right else pytest.raises(skpo.UserError, match="cannot use"):
         skpo.load_model(Config(model="x"))
 
 def test_broken_weights_and_pickles_are_refused(warm, folder, tmp_path):
@@ -568,7 +566,7 @@ def test_broken_weights_and_pickles_are_refused(warm, folder, tmp_path):
         skpo.load_model(Config(model=str(tmp_path)))
     (tmp_path / "model.safetensors").unlink()
     torch.save(warm[0].state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(skpo.UserError, match="cannot use --model"):
+    with pytest.raises(skpo.UserError, match="cannot use"):
         skpo.load_model(Config(model=str(tmp_path)))
 
 # ---- Evaluation and runs
@@ -745,6 +743,8 @@ def test_the_readmes_scripts_say_what_it_says(quick, monkeypatch, capsys):
     for name in ("learn", "choose_prompts"):  # which scripts replace
         monkeypatch.setattr(skpo, name, getattr(skpo, name))
     signs, shortcut, polarity, noise = [exec(s, {}) or capsys.readouterr().out for s in scripts]
-    assert all(line.strip() in text for line in signs.splitlines()[1::5])  # rows that it shows
+    for row in signs.splitlines()[1::5]:  # the README shows two; NumPy's streams differ by version
+        shown = re.search(rf"\n{row[:7]}(.*)", text)[1].split()
+        assert np.allclose(np.array(row.split()[1:], float), np.array(shown, float), atol=0.03)
     assert shortcut.count("continual") == shortcut.count("skip") == 6
     assert "upstream" in polarity and "nan" not in polarity + noise and noise.count("signal") == 2
