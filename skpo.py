@@ -1131,6 +1131,8 @@ def check_config(config):
         condition, _, message = rule.partition("; ")
         if not eval(condition, {"inf": math.inf}, vars(config)):
             raise UserError(message or f"wrong flags: wanted is {condition}")
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise UserError(f"there is no folder {config.model}")
     for path in filter(None, [config.data, *config.eval_data.split(",")]):
         if path not in ("sums", "arithmetic") and not Path(path).is_file():
             raise UserError(f"there is no file {path}")

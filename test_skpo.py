@@ -660,7 +660,7 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
     return tmp_path
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--model @/none", "cannot use --model"), ("--resume --out=", "needs --out"),
+    ("--model @/none", "no folder"), ("--resume --out=", "needs --out"),
     ("--model qwen2.5-none", "--model Qwen/qwen2.5-none"), ("--model @/nomodel", "cannot use"),
     ("--model @/narrow", "or --max_new"), ("--model x --data @/none", "no file"),
     ("--model x --eval_data @/good,@/none", "no file"), ("--group_sze 4", "--group_sze"),
