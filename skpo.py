@@ -44,8 +44,6 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-    os.environ["TQDM_DISABLE"] = "1"  # bars on a terminal only, and by the first process
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # KV caches grow
 try:
     import resource
@@ -534,6 +532,8 @@ def ablation(config, step):
 
 NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
+FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+BAR = dict(leave=False, disable=None if FIRST else True)  # tqdm's None: on a terminal only
 CHUNK = 32  # tokens sampled between two looks at which rows have ended
 PASS_TOKENS = 4096 if torch.cuda.is_available() else 1024  # a CPU is as fast with small passes
 
@@ -598,7 +598,7 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     ids = torch.cat([ids, last], 1).repeat_interleave(n, 0)  # [P * n, T]
     mask = torch.cat([mask, ones], 1).repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
-    bar = tqdm(total=len(rows), desc="sampling", leave=False)
+    bar = tqdm(total=len(rows), desc="sampling", **BAR)
     start = time.perf_counter()
     total = 0
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
@@ -1008,7 +1008,7 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
         pad_token_id=vocab["<eos>"], initializer_range=0.1))  # with 0.02 it starts ten times later
     rng = np.random.default_rng([seed, 0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in tqdm(range(steps), "warm-up of the embedded model", leave=False):
+    for step in tqdm(range(steps), "warm-up of the embedded model", **BAR):
         digits = rng.integers(10, size=(batch, 6))
         slip = rng.integers(1, 10, (batch, 6)) * (rng.random((batch, 6)) < slips)
         work = (digits + slip).cumsum(1) % 10  # [batch, 6]: running sums, a slip carried on
@@ -1086,7 +1086,7 @@ def spread(work, *columns):
 def my_passes(passes):
     """This process's passes, each with 1.0. All make as many: some repeat the first, with 0.0."""
     world = dist.get_world_size()
-    for i in tqdm(range(math.ceil(len(passes) / world)), "updating", leave=False):
+    for i in tqdm(range(math.ceil(len(passes) / world)), "updating", **BAR):
         mine = i * world + dist.get_rank()
         yield (passes[mine], 1.0) if mine < len(passes) else (passes[0], 0.0)
 
@@ -1316,6 +1316,8 @@ def parse_config(argv):
 def main(argv=None):
     """Runs; a mistake of the user's ends in one line and an exit code that is not 0."""
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         train(parse_config(argv))
         if "LOCAL_RANK" in os.environ:
