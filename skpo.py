@@ -952,7 +952,8 @@ def load_model(config):
     or a hub name, whose organisation may be left out. No remote code, no pickle."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.model == "embedded":
-        model, tokenizer = embedded_model(config.seed)
+        warm_up = {"steps": 0} if config.resume else {}  # a checkpoint brings its own weights
+        model, tokenizer = embedded_model(config.seed, **warm_up)
         return model.to(device), tokenizer
     source = config.model
     homes = dict(qwen="Qwen", llama="meta-llama", smollm="HuggingFaceTB", gemma="google")

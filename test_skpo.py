@@ -25,7 +25,7 @@ def folder(warm, tmp_path_factory):  # the same as a transformers folder
     return [part.save_pretrained(path) for part in warm] and path
 @pytest.fixture
 def quick(warm, monkeypatch):  # runs in this process take that model
-    monkeypatch.setattr(skpo, "embedded_model", lambda seed: (copy.deepcopy(warm[0]), warm[1]))
+    monkeypatch.setattr(skpo, "embedded_model", lambda *_, **__: (copy.deepcopy(warm[0]), warm[1]))
 def plain_logprobs(model, prompt, response, temperature=1.0):  # uncached, unpadded: [T, V], [T]
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     table = (logits / temperature).log_softmax(-1)
