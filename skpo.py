@@ -9,46 +9,32 @@
     python skpo.py --model Qwen2.5-0.5B --data train.jsonl --eval_data test.jsonl
     torchrun --standalone --nproc_per_node 8 skpo.py ...  # several GPUs
 
-GRPO gives every token of a response the same credit. To value every prefix by sampling from it
-takes hundreds of samples each before even the signs are right. SKPO values ONE prefix a prompt:
-    1   choose B prompts q of middling value                                   SPO eq. 11
-    2   upstream: sample G segments a prompt, pause each at t_q                3.1, eq. 2
-    3   select the segment s of median surprise                                3.1
-    4   skip connection: put s AHEAD of the prompt, [s, q]                     3.1
-    5   downstream: sample G complete responses o_i from [s, q]                3.1
-    6   reward them by their final answers; the mean is the value of s         3.1, eq. 3
-    7   downstream advantage: within the group                                 3.2
-    8   upstream advantage: the value of s minus a running value V(q)          3.2
-    9   the loss of both                                                       3.2, eq. 4 to 6
-    10  an optimiser step a mini-batch                                         Appendix C
-    11  trackers: V(q), and the response length L_q, from which t_q is drawn   3.2, SPO eq. 5 to 7
-SPO is Xu & Ding, arXiv 2509.13232. The paper writes both phases as one pass over a KV cache; here
-they are two rollouts, each sharing its prompts' cache. A choice that the paper leaves open is
-marked where it is taken: `paper silent`.
+GRPO gives every token of a response the same credit; to value every prefix by sampling from it
+takes hundreds of samples each before even the signs are right. SKPO values ONE prefix a prompt: a
+segment s of reasoning, put AHEAD of the prompt, [s, q]. The mean reward of the G responses from
+there is its Monte Carlo value. They are trained on their advantage within the group, s on its value
+minus a running value of the prompt (SPO: Xu & Ding, arXiv 2509.13232). `training_step` has it in 11
+steps. The paper writes both phases as one pass over a KV cache; here they are two rollouts, each
+sharing its prompts' cache. `paper silent` marks a choice that it leaves open.
 """
 import argparse
+import ast
 import inspect
 import json
 import math
-import operator
 import os
 import random
 import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
-from decimal import Decimal
+from dataclasses import asdict, dataclass, replace
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Subnormal
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # KV caches grow
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 import numpy as np
 import sympy
 import torch
@@ -62,7 +48,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 
-# ---- 1. Config: Appendix C ---------------------------------------------------------------------
+# ---- 1. Config: Appendix C -----------------------------------------------------------------------
 
 Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
 
@@ -109,8 +95,8 @@ class Config:
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
 
-# Defaults of the embedded model, and SMALL, of any other one without a GPU. SMALL leaves the
-# upstream loss out: in a run so small it is mostly noise (README, noise.py).
+# Defaults of the embedded model, and of any other one without a GPU: there the upstream loss is
+# left out, for in a run so small it is mostly noise (README, noise.py).
 EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10)
 SMALL = dict(steps=20, prompts_per_step=8, minibatches=2, group_size=4, max_new_tokens=128,
              lr=1e-5, w_up=0.0, init_length=64, eval_every=10, eval_samples=1, eval_problems=16,
@@ -123,8 +109,8 @@ class Sample:
     tokens: list  # ids, EOS included
     logprobs: list  # nats, log pi_old of each token, as it was sampled
     finished: bool  # the last token is an EOS
-    prompt: list = field(default_factory=list)  # ids: q for a segment, [s, q] for a response
-    complete: list = field(default_factory=list)  # ids to grade and to measure, if more than tokens
+    prompt: list = ()  # ids: q for a segment, [s, q] for a response
+    complete: list = ()  # ids to grade and to measure, if more than tokens
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the mean of eq. 5 or 6
     upstream: bool = False  # trained by eq. 6, else by eq. 5
@@ -144,21 +130,15 @@ def cut_segment(sample):
     that is EOS alone stays so."""
     if not sample.finished:
         return sample
-    half = (len(sample.tokens) - 1) // 2
-    half = max(1, half)
-    return replace(
-        sample,
-        tokens=sample.tokens[:half],
-        logprobs=sample.logprobs[:half],
-        finished=False,
-        complete=sample.tokens,
-    )
+    half = max(1, (len(sample.tokens) - 1) // 2)
+    return replace(sample, tokens=sample.tokens[:half], logprobs=sample.logprobs[:half],
+                   finished=False, complete=sample.tokens)
 
 
 def select_segment(logprobs, target=np.median):
     """The segment of median surprise (Section 3.1): d(s) = mean_t -log pi(s_t | q, s_<t).
-    logprobs: G lists of nats, one a segment -> index of the d nearest to the median, the first
-    on a tie. target: what to be nearest to; an ablation puts np.min (likeliest) or np.max."""
+    logprobs: G lists of nats -> index of the d nearest to the median, the first on a tie. target:
+    what to be nearest to; an ablation puts np.min (likeliest) or np.max."""
     d = [-np.mean(segment) for segment in logprobs]  # [G], nats a token
     gap = np.abs(d - target(d))
     nearest = gap <= gap.min() + 1e-9  # with an even G the two middle ones tie, but for rounding
@@ -269,10 +249,8 @@ class State:
 
 def skip_responses(sample, segments, tokenizer, config):
     """Steps 4 and 5: G complete responses from [s, q]. segments: B Samples -> [B][G] Samples.
-    paper silent: each gets the full limit after [s, q], and L_q is measured without s; a BOS that
-    only opens a chat turn (SmolLM2's <|im_start|>) is a part of q and stays in its place."""
-    opening = tokenizer("")["input_ids"][:1]
-    bos = tokenizer.bos_token_id if opening == [tokenizer.bos_token_id] else None
+    paper silent: each gets the full limit after [s, q], and L_q is measured without s."""
+    bos = next(iter(tokenizer("")["input_ids"]), None)  # what opens every text, if anything does
     x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [B] token ids
     return sample(x, config.group_size)
 
@@ -292,15 +270,14 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     # 2. Upstream, phase I: G segments a prompt, each paused at t_q (eq. 2), or cut to half.
     L_q = state.lengths.value[chosen]  # [B], tokens
     t_q = [split(L, rng, c.split_low, c.split_high) for L in L_q]  # [B], tokens
-    t_q = np.minimum(t_q, c.max_new_tokens)
-    drawn = sample(q, c.group_size, t_q)  # [B][G]
+    drawn = sample(q, c.group_size, np.minimum(t_q, c.max_new_tokens))  # [B][G]
 
     # 3. Select the segment of median surprise, drop the others.
     segments = []  # [B]
     for group in drawn:
         group = [cut_segment(s) for s in group]
-        logprobs = [s.logprobs for s in group]
-        segments.append(group[select(logprobs)])
+        index = select([s.logprobs for s in group])
+        segments.append(group[index])
 
     # 4. and 5. Downstream, phase II: G responses from the skip-connected prompt [s, q].
     responses = respond(sample, segments, tokenizer, c)  # [B][G]
@@ -330,17 +307,15 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
 
     # How far pi has moved since it last saw q, for step 11; step 10 moves it again.
     before = map(state.last.get, chosen.tolist())  # None at a first visit
-    drift = policy_drift(model, list(before), c)  # [B], nats
+    drift = policy_drift(model, list(before), c.temperature)  # [B], nats
 
     # 10. One optimiser step a mini-batch.
     groups = [[s] + group for s, group in zip(segments, responses)]  # [B][1 + G]
     learn(model, optimizer, groups, responses, R_II, c, log)
 
     # 11. Trackers; the segments are kept to measure the drift at the next visit.
+    lengths = [np.mean([len(o.complete or o.tokens) for o in group]) for group in responses]  # [B]
     state.values.update(chosen, R_I, drift)
-    lengths = []  # [B], mean tokens of a response
-    for group in responses:
-        lengths.append(np.mean([len(o.complete or o.tokens) for o in group]))
     state.lengths.update(chosen, lengths, drift)
     state.last.update(zip(chosen.tolist(), segments))
 
@@ -352,22 +327,19 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     return log
 
 
-def policy_drift(model, segments, config):
+def policy_drift(model, segments, temperature):
     """D: how far pi moved since it last acted on each prompt, the mean over the tokens of the
     segment kept then of |log pi_then - log pi_now|. segments: B of Sample, or None at a first
     visit, where D is 0 -> [B] nats. paper silent: after SPO's code, but on s alone (SPO: the
     whole response) and before the update (SPO: after it)."""
-    def work(mine):
-        drift = np.zeros(len(mine))
-        seen = [b for b, s in enumerate(mine) if s is not None]
-        for rows in micro_batches([mine[b] for b in seen], config.micro_tokens):
-            visited = [seen[i] for i in rows]
-            batch = [mine[b] for b in visited]
-            with torch.no_grad():
-                now, then, _, mask = sample_logprobs(model, batch, config.temperature)  # [N, T]
-            drift[visited] = ((then - now).abs().sum(1) / mask.sum(1)).cpu()
-        return drift.tolist()
-    return spread(work, segments)
+    @torch.no_grad()
+    def moved(mine):
+        now, then, _, mask = sample_logprobs(model, mine, temperature)  # [N, T]
+        return ((then - now).abs().sum(1) / mask.sum(1)).tolist()
+    drift = np.zeros(len(segments))
+    seen = [b for b, s in enumerate(segments) if s is not None]
+    drift[seen] = spread(moved, [segments[b] for b in seen])
+    return drift
 
 
 # ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
@@ -378,33 +350,33 @@ def update(model, optimizer, samples, config):
     advantage at all no step is taken, for AdamW's moments and decay would move the weights.
     Returns sums over the tokens run, and the norm of the gradient before it is clipped."""
     join_processes()
-    part = {True: config.w_up, False: config.w_down}
+    c = config
+    part = {True: c.w_up, False: c.w_down}
     rows = [s for s in samples if s.advantage and part[s.upstream]]
     sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
     each_shard(model, "unshard")
-    for indices, real in my_passes(micro_batches(rows, config.micro_tokens)):
+    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):
         batch = [rows[i] for i in indices]
-        logprobs, old, entropy, mask = sample_logprobs(model, batch, config.temperature)  # [N, T]
+        logprobs, old, entropy, mask = sample_logprobs(model, batch, c.temperature)  # [N, T]
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
         weights = mask * logprobs.new_tensor([[s.weight * real] for s in batch])  # [N, T]
         up = torch.tensor([[s.upstream] for s in batch], device=mask.device)  # [N, 1]
-        J_up = upstream_loss(logprobs, old, A, weights * up, config.clip_low, config.clip_low)
-        J_down = downstream_loss(logprobs, old, A, weights * ~up, config.clip_low, config.clip_high)
-        loss = config.w_up * J_up + config.w_down * J_down  # eq. 4
+        J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
+        J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
+        loss = c.w_up * J_up + c.w_down * J_down  # eq. 4
         loss.backward()
 
         ratio = (logprobs.detach() - old).exp()  # [N, T]
-        high = torch.where(up, config.clip_low, config.clip_high)  # [N, 1]
-        clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + high)
+        high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
+        clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)
         terms = torch.stack([mask, ratio * mask, clipped * mask, entropy])  # [4, N, T]
         sums += real * terms.sum((1, 2))
     dist.all_reduce(sums)
     log = dict(zip(("tokens", "ratio", "clip_fraction", "entropy"), sums.tolist()), grad_norm=0.0)
     if rows:
         shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
-        norm = torch.nn.utils.clip_grad_norm_(shards, config.max_grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        log["grad_norm"] = norm.item()
+        norm = torch.nn.utils.clip_grad_norm_(shards, c.max_grad_norm)
+        log["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()
         if not math.isfinite(log["grad_norm"]):
             raise UserError("the gradient is not a finite number: --resume with a lower --lr")
         optimizer.step()
@@ -417,28 +389,29 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
     """Step 10: `update` on each mini-batch of prompts; the step's row of metrics.jsonl. groups: B
     lists of Samples, a prompt each; responses [B][G]; rewards [B, G].
     paper silent: the warm-up counts training steps, not optimiser steps."""
-    log["rollout_seconds"] = time.perf_counter() - log["start"]
-    log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
-    optimizer.param_groups[0]["lr"] = log["lr"]
+    rollout = time.perf_counter() - log["start"]
+    lr = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
+    optimizer.param_groups[0]["lr"] = lr
     sums = Counter()
     for part in np.split(np.arange(len(groups)), config.minibatches):
-        batch = [s for b in part for s in groups[b]]
+        batch = sum([groups[b] for b in part], [])
         sums.update(update(model, optimizer, batch, config))
     for name in ("clip_fraction", "ratio", "entropy"):
         log[name] = sums[name] / sums["tokens"] if sums["tokens"] else None  # nothing to train on
-    log["grad_norm"] = sums["grad_norm"] / config.minibatches
-    log["reward"] = rewards.mean().item()
-    log["accuracy"] = (rewards > 0).double().mean().item()
-    log["zero_advantage"] = (rewards == rewards[:, :1]).all(1).double().mean().item()
-    every = [o for group in responses for o in group]
-    log["response_tokens"] = np.mean([len(o.complete or o.tokens) for o in every])
-    log["truncated"] = np.mean([not o.finished for o in every])
-    log["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if resource and not torch.cuda.is_available():
-        unit = 1e9 if sys.platform == "darwin" else 1e6
-        log["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    log["seconds"] = time.perf_counter() - log.pop("start")
-    log["update_seconds"] = log["seconds"] - log["rollout_seconds"]
+    every = sum(responses, [])
+    log.update(
+        reward=rewards.mean().item(),
+        accuracy=(rewards > 0).double().mean().item(),
+        zero_advantage=(rewards == rewards[:, :1]).all(1).double().mean().item(),
+        response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
+        truncated=np.mean([not o.finished for o in every]),
+        grad_norm=sums["grad_norm"] / config.minibatches,
+        lr=lr,
+        peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9,
+        rollout_seconds=rollout,
+        seconds=time.perf_counter() - log.pop("start"),
+    )
+    log["update_seconds"] = log["seconds"] - rollout
 
 
 def sample_logprobs(model, samples, temperature):
@@ -452,18 +425,15 @@ def sample_logprobs(model, samples, temperature):
 def micro_batches(samples, limit):
     """Cuts N Samples into passes of at most `limit` tokens, padding counted, and a prompt that rows
     share counted once; a longer row goes alone. Returns lists of row indices."""
-    first = {}
-    owner = [first.setdefault(tuple(s.prompt), i) for i, s in enumerate(samples)]  # [N]
-
     def order(i):  # like lengths together (a class spans a factor of sqrt 2), then equal prompts
-        return round(2 * math.log2(len(samples[i].tokens))), owner[i]
+        return round(2 * math.log2(len(samples[i].tokens))), samples[i].prompt
 
     passes = []
     for i in sorted(range(len(samples)), key=order):
         rows = passes[-1] + [i] if passes else [i]
-        prompts = {owner[j] for j in rows}
+        prompts = {tuple(samples[j].prompt) for j in rows}
         tokens = len(rows) * max(len(samples[j].tokens) for j in rows)
-        tokens += len(prompts) * max(len(samples[j].prompt) for j in prompts)
+        tokens += len(prompts) * max(map(len, prompts))
         if passes and tokens <= (limit or PASS_TOKENS):
             passes[-1] = rows
         else:
@@ -534,7 +504,7 @@ NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
 FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
 BAR = dict(leave=False, disable=None if FIRST else True)  # tqdm's None: on a terminal only
-CHUNK = 32  # tokens sampled between two looks at which rows have ended
+CHUNK = 16  # tokens sampled between two looks at which rows have ended
 PASS_TOKENS = 4096 if torch.cuda.is_available() else 1024  # a CPU is as fast with small passes
 
 
@@ -560,31 +530,12 @@ def prefill(model, prompts):
     return cache, ids, mask
 
 
-class Recorder:
-    """A logits processor that tempers, and keeps log pi of each token drawn. generate calls it with
-    the ids so far: the last one was drawn from the logits of the call before."""
-
-    def __init__(self, temperature):
-        self.temperature = temperature or 1.0
-        self.logits = None
-        self.kept = []
-
-    def __call__(self, input_ids, logits):
-        if self.logits is not None:
-            drawn = self.logits.gather(1, input_ids[:, -1:]).squeeze(1)  # [N]
-            self.kept.append(drawn - self.logits.logsumexp(1))
-        self.logits = logits / self.temperature  # [N, V]
-        return self.logits
-
-
 @torch.no_grad()
 def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     """n samples of each prompt (lists of ids, of any lengths) from softmax(logits / temperature)
     and nothing else; 0 is greedy. max_new_tokens: an int, or one a prompt. -> [P][n] Samples.
     Keys and values of a prompt are computed once; rows that have ended leave the batch; prompts
     take turns where the memory is short."""
-    if not prompts:
-        return []
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     half = len(prompts) // 2
     if half and rows_that_fit(model, max(map(len, prompts)) + max(limits)) < len(prompts) * n:
@@ -598,42 +549,40 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     ids = torch.cat([ids, last], 1).repeat_interleave(n, 0)  # [P * n, T]
     mask = torch.cat([mask, ones], 1).repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
-    bar = tqdm(total=len(rows), desc="sampling", **BAR)
-    start = time.perf_counter()
-    total = 0
+    bar = tqdm(desc="sampling", unit=" tokens", **BAR)
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
     model.generation_config = GenerationConfig(
-        do_sample=temperature > 0, top_k=0 if temperature else None, pad_token_id=0,
-        eos_token_id=sorted(map(int, eos)) or None)
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else None,
+        eos_token_id=sorted(map(int, eos)) or None, pad_token_id=0, output_scores=True,
+        return_dict_in_generate=True)
     while rows:
         longest = max(limit - len(s.tokens) for s, limit in rows)
-        recorder = Recorder(temperature)
-        width = ids.shape[1]
-        ids = model.generate(ids, attention_mask=mask.long(), max_new_tokens=min(CHUNK, longest),
-                             logits_processor=[recorder], synced_gpus=False, **{CACHE: cache})
-        recorder(ids, recorder.logits)  # the last draw
-        tokens = ids[:, width:]  # [N, drawn]
-        # One more than tokens where transformers stops a step late and takes the token back.
-        logprobs = torch.stack(recorder.kept, 1).tolist()
-        mask = torch.cat([mask, torch.ones_like(tokens, dtype=torch.bool)], 1)
+        out = model.generate(ids, attention_mask=mask.long(), max_new_tokens=min(CHUNK, longest),
+                             synced_gpus=False, **{CACHE: cache})
+        tokens = out.sequences[:, ids.shape[1]:]  # [N, drawn]
+        logprobs = []  # drawn of [N]; zip, for where transformers stops a step late it drops a draw
+        for scores, token in zip(out.scores, tokens.T):
+            logit = scores.gather(1, token[:, None]).squeeze(1)  # [N]
+            logprobs.append(logit - scores.logsumexp(1))
+        logprobs = torch.stack(logprobs, 1).tolist()  # [N][drawn]
         staying = []
         for j, (s, limit) in enumerate(rows):
             new = tokens[j].tolist()[:limit - len(s.tokens)]
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
+            new = new[:min(ends, default=None)]
             s.finished = bool(ends)
-            s.tokens += new[:min(ends, default=None)]
-            total += len(s.tokens) - len(s.logprobs)
-            s.logprobs += logprobs[j][:len(s.tokens) - len(s.logprobs)]
+            s.tokens += new
+            s.logprobs += logprobs[j][:len(new)]
+            bar.update(len(new))
             if not s.finished and len(s.tokens) < limit:
                 staying.append(j)
-        bar.update(len(rows) - len(staying))
-        bar.set_postfix_str(f"{total / (time.perf_counter() - start):.0f} tokens/s")
-        if len(staying) < len(rows):
-            rows = [rows[j] for j in staying]
-            keep = torch.tensor(staying, dtype=torch.long, device=ids.device)
-            ids = ids[keep]
-            mask = mask[keep]
-            cache.batch_select_indices(keep)
+        bar.set_postfix_str(f"{len(staying)} responses go on")
+        rows = [rows[j] for j in staying]
+        keep = torch.tensor(staying, dtype=torch.long, device=ids.device)
+        ids = out.sequences[keep]  # [fewer, T + drawn]
+        del out  # its logits are large
+        mask = torch.cat([mask, torch.ones_like(tokens, dtype=torch.bool)], 1)[keep]
+        cache.batch_select_indices(keep)
     bar.close()
     model.generation_config = own
     return groups
@@ -641,14 +590,14 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
 
 def rows_that_fit(model, length):
     """How many rows of `length` tokens may be sampled at once: by the keys and values of a token of
-    this model, and some copies of a row's logits."""
+    this model, and a row's logits."""
     cache, _, _ = prefill(model, [[0, 0]])
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
     if model.device.type == "cuda":
         idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
-    logits = 4 * 4 * model.config.vocab_size  # four float32 copies
+    logits = 4 * (CHUNK + 4) * model.config.vocab_size  # float32: a chunk's, and some copies of one
     return memory // (token * (length + CHUNK) + logits)
 
 
@@ -724,45 +673,54 @@ def grade(tokenizer, answers, groups):
 
 
 # ---- 10. Rewards: is the last box right? ---------------------------------------------------------
-# Two answers are equal if their normal forms are. Model output is untrusted: it is never run as
-# code, and sympy computes with bounded numbers only, for a symbolic 9^9^9 would never end.
+# Answers are equal if their normal forms are. Model output is untrusted: LaTeX becomes Python,
+# which is parsed and never run; a number beyond 10^+-100 is an error, and the text compared.
 
-DIGITS = 400  # of a number; 200 are compared, free of rounding
+NUMBERS = Context(prec=400, Emin=-100, Emax=100,
+                  traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])
+ROUNDED = Context(prec=250)  # what is compared
+CONSTANTS = {"e": NUMBERS.exp(1), "π": Decimal(str(sympy.pi.evalf(400)))}
+LETTERS = {"pi": "π", "alpha": "α", "beta": "β", "gamma": "γ", "theta": "θ", "lambda": "λ",
+           "mu": "μ", "phi": "φ", "omega": "ω", "infty": "Ω", "emptyset": "Ø"}
 PLAIN = re.compile(r"[-+]?([0-9]{1,50}\.?[0-9]{0,50}|\.[0-9]{1,50})")
-TOKEN = re.compile(r"\\[a-zA-Z]+|\\[{}]|[a-zA-Z](?:_\w|_\{\w+\})?|"
-                   r"\d+\.?\d*(?:[eE][-+]?\d{1,2}(?!\d))?|\.\d+|\S")
-LETTER = re.compile(r"[a-zA-Z](_.+)?|\\(alpha|beta|gamma|theta|lambda|mu|phi|omega|infty|emptyset)")
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-             "^": operator.pow}
-FACTORIALS = {sympy.Float(n, DIGITS): sympy.Float(math.factorial(n), DIGITS) for n in range(70)}
-CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
-LEVELS = {")": 0, "]": 0, "}": 0, r"\}": 0, ",": 1, r"\cup": 2, "+": 3, "-": 3, "*": 4, "/": 4,
-          "^": 6, "!": 6}  # how tightly what stands between two values binds them
 NAME = re.compile(r"(?:^|(?<=,))\s*((?:\\?[a-zA-Z]|\\[a-z]+|[A-Z]{2,3})(?:_\w|_\{\w+\})?"
                   r"(?:\([a-zA-Z]\))?|\([a-z](?:\s*,\s*[a-z])*\))\s*(?:=|\\in(?![a-zA-Z]))")
 UNIT = (r"(?:(?:square|cubic) )?(?:[cmk]m|in|ft|feet|kg|mph|percent|inch(?:es)?|(?:meter|gram|mile|"
-        r"unit|pound|hour|minute|second|day|degree|dollar|cent)s?)")
-COUNTS = (r"dozen|hundred|thousand|illion|squared|cubed|pair|hal[fv]|third|quarter|fourth|score|"
-          r"\b(?:and|or|to|by|mod|base|[ap]\.?m|[ei])\b")  # these are no units
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
-    (r"[.\s]+$", ""), (r"\*\*", "^"), ("infinity", r"\\infty "), ("−", "-"),
+        r"unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)")
+TIDY = [
+    (r"[.\s]+$", ""), ("infinity", r"\\infty "), ("−", "-"),
     (r"\\begin\{[pb]?matrix\}", "(("), (r"\\\\(?!\s*\\end)", "),("), ("&", ","),
     (r"(?:\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # between thousands, not a space
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])|\\[!,;:> ()]|~", " "),
     (r"\\?[%$]", " "),  # a space, so that \$1\$2 is not 12
+    *3 * [(r"^((?!.*(?:sin|cos|tan|sec|csc|cot)).*?)(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°)",
+           r"\1 degrees")],
     (r"\\(?:cdot|times)(?![a-zA-Z])", "*"), (r"\\div(?![a-zA-Z])", "/"),
-    (r"\\(le|ge|ne)q?(?![a-zA-Z])", r"\\\1 "), (r"\\[dtc]frac", r"\\frac"),
     (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (rf"(?<=[\d}})i])\s*\\(?:text|mathrm)\s*\{{(?![^{{}}]*(?:{COUNTS}))[a-zA-Z ./]*\}}"
-     r"(?:\s*\^\s*\{?[23]\}?)?\s*$", ""),
     (r"\\(?:(?:text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
-    (rf"(?<=[\d}})])\s*{UNIT}(?:\s*\^\s*\{{?[23]\}}?)?\s*$", ""),
+    (rf"(?<=[\d}})])\s*{UNIT}(?:\s*\^\s*\{{?[23]\}}?|\s*[CF])?\s*(?=,|$)", ""),
+    (r"^\s*[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*$", lambda m: m[0].replace(",", "")),  # not 12, 144
+]
+NESTED = [  # applied again and again, the inner ones go first
+    (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\sqrt\s*(?:\{([^{}]*)\}|\(([^()]*)\))", r"((\1\2)^(1/2))"),
+    (r"\\sqrt\s*\[([^][]*)\]\s*\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
+    (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
+]
+PYTHON = [
     (r"(?<![\\a-zA-Z])(sqrt|pi)(?![a-zA-Z])", r"\\\1 "), (r"_\{(\w)\}(?!\w)", r"_\1"),
-    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
     (r"(?<![\d.^_/])(?<!\d )(\d+) +(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),  # mixed numbers
     (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
-]]
+    (r"(\d)[eE]([-+]?\d{1,2})(?![\d.])", r"\1*10^(\2)"), (r"(?<=\d)_", " _"),  # no 1_2 for 12
+    (r"(?<![\w.)!])(\d\d?)!(?!!)", lambda m: str(math.factorial(int(m[1])))),
+    (r"^\s*\[([^][()]*)\)\s*$", r"([],\1)"), (r"^\s*\(([^][()]*)\]\s*$", r"((),\1)"),  # half open
+    *8 * NESTED,
+    (r"\\([a-z]+)(?![a-zA-Z])", lambda m: LETTERS.get(m[1], m[0])), (r"\\([{}])", r"\1"),
+    (r"(?<=[^\W_]|\))\s*(?=[^\W\d_]|\()", "*"), (r"\^", "**"),
+]
 
 
 def extract_answer(text):
@@ -791,105 +749,62 @@ def normal_form(text):
     """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable.
     Never raises, never runs what it reads, and takes a bounded time."""
     text = text.strip()
-    if len(text) > 300:
-        return text
     if PLAIN.fullmatch(text):
         return Decimal(text)
-    if not re.search("sin|cos|tan|sec|csc|cot", text):  # elsewhere degrees are a unit
-        text = re.sub(r"\^\s*(\{\s*\\circ\s*\}|\\circ)|°", " ", text)
-    for pattern, new in SPELLINGS:
-        text = pattern.sub(new, text).strip()
+    if len(text) > 300:
+        return text
+    for pattern, new in TIDY:
+        text = re.sub(pattern, new, text)
     if len(set(NAME.findall(text))) == 1:  # of several, x = 1, y = 2, they matter
         text = NAME.sub("", text)
-    if re.fullmatch(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")  # 12,144 is a number, 12, 144 a list
-    if re.fullmatch(r"[a-zA-Z][a-zA-Z ]+", text):  # words are no products of letters
+    if re.fullmatch(r"\s*[a-zA-Z][a-zA-Z ]+", text):  # words are no products of letters
         return " ".join(text.casefold().split())
-    tokens = TOKEN.findall(text)
+    for pattern, new in PYTHON:
+        text = re.sub(pattern, new, text)
     try:
-        forms = [value_of(tokens, sign) for sign in (1, -1)]  # of its letters: |x| is not x
-    except Exception:  # no expression, or too large: all that is left is the text
-        return " ".join(tokens)
+        text = f"[{text.strip()}]"
+        items = ast.parse(text, mode="eval").body.elts
+        whole = items[0] if len(items) == 1 else ast.Set(items)  # a bare list has no order
+        forms = [form(whole, text, sign) for sign in (1, -1)]  # of its letters: |x| is not x
+    except Exception:  # no expression, or too large
+        return "".join(text.split())
     return forms[0] if forms[0] == forms[1] else ("values", *forms)
 
 
-def operate(mark, left, right):
-    """left mark right, for + - * / ^ and two numbers; ValueError unless the result is a real number
-    of modest size."""
-    if isinstance(left, tuple) or isinstance(right, tuple):
-        raise ValueError("a list is no number")  # which * would repeat
-    if mark == "^" and left and abs(right * sympy.log(abs(left))) > 231:
-        raise ValueError("out of bounds")
-    if mark == "^" and left < 0 and abs(right % 1) > 1e-250:
-        odd = abs(1 / right % 2 - 1) < 1e-250  # the real root; else i to that power, some number
-        return operate("*", sympy.Float(-1 if odd else 1.37), operate(mark, -left, right))
-    value = OPERATORS[mark](left, right)
-    if value.is_real and abs(value) < 1e-250:  # what rounding left of 0
-        return sympy.Float(0, DIGITS)
-    if not (value.is_real and 1e-100 <= abs(value) <= 1e100):
-        raise ValueError("out of bounds")
-    return value
+def power(left, right):
+    """left^right; an odd root of a negative number is the real one."""
+    if left < 0 and right % 1:
+        odd = ROUNDED.divide(1, right) % 2 == 1
+        sign = -1 if odd else Decimal("1.37")  # i to that power: some number, no real one
+        return NUMBERS.multiply(sign, power(-left, right))
+    return NUMBERS.power(left, right)
 
 
-def value_of(tokens, sign):
-    """What a LaTeX expression stands for, its letters numbers of that sign: a Decimal, or a tuple,
-    sorted if it has no order. Raises if it stands for nothing. Reads by the marks' levels."""
-    tokens = ["}", *reversed(tokens), "{"]  # the next one is the last
+OPERATORS = {ast.Add: NUMBERS.add, ast.Sub: NUMBERS.subtract, ast.Mult: NUMBERS.multiply,
+             ast.Div: NUMBERS.divide, ast.Pow: power, ast.UAdd: NUMBERS.add,
+             ast.USub: NUMBERS.subtract}
 
-    def take(*wanted):
-        return tokens.pop() if tokens[-1] in wanted else None
 
-    def expression(level):  # up to a mark that binds less tightly than level
-        mark = take("+", "-")
-        left = operate(mark, sympy.Float(0, DIGITS), expression(5)) if mark else atom()
-        while LEVELS.get(tokens[-1], 4) >= level:
-            if PLAIN.match(tokens[-1]):
-                raise ValueError("2 3 is no product")
-            mark = take(*LEVELS) or "*"
-            if mark == "!":
-                if take("!"):
-                    raise ValueError("n!! is not (n!)!")
-                left = FACTORIALS[left]
-            elif mark in (",", r"\cup"):
-                items = left[1:] if isinstance(left, tuple) and left[0] == mark else [done(left)]
-                left = (mark, *items, done(expression(LEVELS[mark] + 1)))
-            else:
-                left = operate(mark, left, expression(LEVELS[mark] + (mark != "^")))
-        return left
+def form(node, text, sign):
+    """Of a part of the parsed text: a rounded number, or a tuple of forms, a set's sorted."""
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+        items = [form(item, text, sign) for item in node.elts]
+        if isinstance(node, ast.Set):
+            items.sort(key=str)
+        return (type(node).__name__, *items)
+    return ROUNDED.normalize(number(node, text, sign))
 
-    def done(value):
-        if isinstance(value, tuple):
-            return (value[0], *sorted(value[1:], key=str)) if value[0] in LEVELS else value
-        return Decimal(str(sympy.Float(value, 200)))
 
-    def atom():
-        token = tokens.pop()
-        if PLAIN.match(token) and len(token) < 60:
-            return sympy.Float(token, DIGITS)
-        if token in CLOSING:
-            inside = expression(1)
-            closing = tokens.pop()
-            listed = isinstance(inside, tuple) and inside[0] == ","
-            if listed and token in "([" and closing in ")]":
-                return (token + closing, *inside[1:])
-            if closing != CLOSING[token]:
-                raise ValueError("brackets do not match")
-            return ("set", *sorted(inside[1:], key=str)) if listed else inside
-        if token == r"\frac":
-            return operate("/", atom(), atom())
-        if token == r"\sqrt":
-            index = atom() if tokens[-1] == "[" else sympy.Float(2, DIGITS)
-            return operate("^", atom(), 1 / index)
-        if token in ("e", r"\pi"):
-            return sympy.N(sympy.E if token == "e" else sympy.pi, DIGITS)
-        if LETTER.fullmatch(token):
-            return sympy.Float(sign * random.Random(token).uniform(1, 2), DIGITS)
-        raise ValueError(f"{token} is unknown")
-
-    value = done(atom())
-    if tokens:
-        raise ValueError("left over")
-    return value
+def number(node, text, sign):
+    """The value of a part of the parsed text, its letters being numbers of that sign."""
+    if isinstance(node, ast.BinOp):
+        left = number(node.left, text, sign)
+        return OPERATORS[type(node.op)](left, number(node.right, text, sign))
+    if isinstance(node, ast.UnaryOp):
+        return OPERATORS[type(node.op)](0, number(node.operand, text, sign))
+    if isinstance(node, ast.Name) and re.fullmatch(r"\w(_\w)?", node.id):
+        return CONSTANTS.get(node.id) or Decimal(sign * random.Random(node.id).uniform(1, 2))
+    return NUMBERS.create_decimal(ast.get_source_segment(text, node))  # not through a float
 
 
 # ---- 11. Problems, prompts, the model ------------------------------------------------------------
@@ -966,11 +881,11 @@ def load_model(config):
                                                      use_safetensors=True)
         model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
         check_policy(model)
-        eos = model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=eos)  # the rest is not pi
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
         first, *_ = str(error).split("\n")
         raise UserError(f"cannot use --model {source}: {first}") from None
+    eos = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=eos)  # the rest is not pi
     return model, tokenizer
 
 
@@ -978,14 +893,12 @@ def load_model(config):
 def check_policy(model):
     """ValueError unless log-probs through a shared cache are a plain forward pass's: they are not
     with recurrent states, logits capped or scaled after the head, or broken weights."""
-    prompts = [[1, 2, 3], [3, 1], [1, 2, 3]]
-    responses = [[4, 5], [5, 4], [3, 1]]
-    shared, _, _ = response_logprobs(model, prompts, responses)  # [3, 2]
-    for prompt, response, row in zip(prompts, responses, shared):
-        logits = model(torch.tensor([prompt + response], device=model.device)).logits[0].float()
-        plain = logits[len(prompt) - 1:-1].log_softmax(-1)[[0, 1], response]  # [2]
-        if not torch.allclose(row, plain, atol=1e-3):
-            raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
+    rows = [[1, 2, 3], [3, 1], [1, 2, 3]]
+    shared, _, _ = response_logprobs(model, rows, [[4], [5, 4], [4]])  # [3, 2]
+    ids = torch.tensor([[3, 1, 5, 4]], device=model.device)
+    plain = model(ids).logits[0].float().log_softmax(-1)[[1, 2], [5, 4]]  # [2]
+    if not torch.allclose(shared[1], plain, atol=1e-3):
+        raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
 
 
 def embedded_model(seed, steps=400, batch=64, slips=0.2):
@@ -1033,22 +946,20 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
 def join_processes():
     """torchrun's processes, one a GPU, or several on the CPU; without torchrun a group of this one
     alone, so that nothing below asks how many there are. The first one prints. Joins once."""
-    if not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                **({} if "LOCAL_RANK" in os.environ else alone))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+    if dist.is_initialized():
+        return
+    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
 
 
 def shard(model, config):
-    """FSDP2, from one process up: float32 master weights, gradients and moments, of which each
-    process holds its part; compute and KV cache in bfloat16; gradients summed in float32. The
-    weights that compute stay whole between optimiser steps: no process waits for another while it
-    samples. One CPU process in float32 goes without, which is faster."""
+    """FSDP2: float32 master weights, gradients and moments, of which each process holds its part;
+    compute and KV cache in bfloat16. The weights that compute stay whole between optimiser steps:
+    no process waits for another while it samples. One CPU process in float32 goes without."""
     cuda = model.device.type == "cuda"
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
     if not (cuda or half or dist.get_world_size() > 1):
@@ -1060,7 +971,7 @@ def shard(model, config):
     for module in blocks + [model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
-        module.set_gradient_divide_factor(1)  # a sum: a row's weight is its part in the whole batch
+        module.set_gradient_divide_factor(1)  # a sum: a weight is a row's part in the whole batch
         module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # makes model the root
@@ -1068,8 +979,8 @@ def shard(model, config):
 
 
 def each_shard(model, do):
-    """"unshard": makes the weights that compute, where an optimiser step has outdated them.
-    "reshard": lets go of them."""
+    """"unshard" makes the weights that compute, if an optimiser step outdated them, "reshard" lets
+    go of them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             getattr(module, do)()
@@ -1080,16 +991,16 @@ def spread(work, *columns):
     world = dist.get_world_size()
     parts = [None] * world
     mine = [column[dist.get_rank()::world] for column in columns]
-    dist.all_gather_object(parts, work(*mine))
+    dist.all_gather_object(parts, work(*mine) if len(mine[0]) else [])
     return [parts[i % world][i // world] for i in range(len(columns[0]))]
 
 
 def my_passes(passes):
     """This process's passes, each with 1.0. All make as many: some repeat the first, with 0.0."""
     world = dist.get_world_size()
-    for i in tqdm(range(math.ceil(len(passes) / world)), "updating", **BAR):
-        mine = i * world + dist.get_rank()
-        yield (passes[mine], 1.0) if mine < len(passes) else (passes[0], 0.0)
+    even = len(passes) + -len(passes) % world
+    for i in tqdm(range(dist.get_rank(), even, world), "updating", **BAR):
+        yield (passes[i], 1.0) if i < len(passes) else (passes[0], 0.0)
 
 
 # ---- 13. The run: log, checkpoint, loop, command line --------------------------------------------
@@ -1113,30 +1024,23 @@ def begin(model, tokenizer, config, step):
     return rng, sample, log
 
 
-RULES = [
-    "steps >= 0", "prompts_per_step > 0", "minibatches > 0", "prompts_per_step % minibatches == 0",
-    "group_size >= 2", "max_prompt_tokens > 0", "max_new_tokens > 0", "0 <= temperature < inf",
-    "temperature > 0 or steps == 0", "0 < lr < inf", "warmup_steps >= 0", "0 <= weight_decay < inf",
-    "max_grad_norm > 0", "0 <= clip_low < 1", "clip_high >= 0", "0 <= w_up < inf",
-    "0 <= w_down < inf", "0 < split_low <= split_high <= 1", "0 < init_length < inf",
-    "0 <= rho_min <= rho_max <= 1", "tau > 0", "explore_eps > 0", "micro_tokens >= 0", "seed >= 0",
-    "eval_every >= 0", "eval_samples > 0", "eval_problems >= 0", "save_every >= 0",
-    "algo == 'skpo' or ablation == 'none'",
-    "model != 'embedded' or data == eval_data == ''; --data and --eval_data need a --model",
-    "out or not resume; --resume needs --out, the folder of the run"]
+RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
+    max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
+    prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1
+    0 < split_low <= split_high <= 1; temperature > 0 or steps == 0
+    algo == 'skpo' or ablation == 'none'; out or not resume  # --resume needs --out, a run's folder
+    model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # there is no such folder
+    model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
 
 
 def check_config(config):
-    """Every mistake that shows before a model is loaded. Raises UserError."""
-    for rule in RULES:
-        condition, _, message = rule.partition("; ")
-        if not eval(condition, {"inf": math.inf}, vars(config)):
-            raise UserError(message or f"wrong flags: wanted is {condition}")
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise UserError(f"there is no folder {config.model}")
-    for path in filter(None, [config.data, *config.eval_data.split(",")]):
-        if path not in ("sums", "arithmetic") and not Path(path).is_file():
-            raise UserError(f"there is no file {path}")
+    """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"--{name} {value}: wanted is a number from 0 up")
+    for rule in re.split(r";|\n", RULES):
+        if not eval(rule.strip(), {"Path": Path}, vars(config)):
+            raise UserError(f"wrong flags: wanted is {rule.strip()}")
 
 
 def load_data(config, model, tokenizer):
@@ -1155,21 +1059,20 @@ def load_data(config, model, tokenizer):
         longest = max(c.init_length, c.max_new_tokens)
         room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
     room = min(room, c.max_prompt_tokens)
-
-    def prepared(name, problems, wanted):
+    sets = {"training": train, **tests}
+    for name, problems in sets.items():
+        wanted = c.prompts_per_step if name == "training" and c.steps else 1
+        problems = problems if name == "training" else problems[:c.eval_problems or None]
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
-        fits = [p for p in problems if 0 < len(p.ids) <= room]
-        if len(fits) < len(problems):
-            print(f"{name}: dropped {len(problems) - len(fits)} of {len(problems)} problems: "
-                  f"--max_prompt_tokens and the model's context leave {room} tokens for a prompt")
-        if len(fits) < wanted:
-            raise UserError(f"{name}: {len(fits)} problems are too few: lower --prompts_per_step, "
-                            "or --max_new_tokens, which leaves more of the context to a prompt")
-        return fits
-    train = prepared("training", train, c.prompts_per_step if c.steps else 1)
-    limit = c.eval_problems or None
-    return train, {name: prepared(name, test[:limit], 1) for name, test in tests.items()}
+        sets[name] = [p for p in problems if 0 < len(p.ids) <= room]
+        if len(sets[name]) < len(problems):
+            print(f"{name}: {len(sets[name])} of {len(problems)} problems are kept: the others are "
+                  f"longer than --max_prompt_tokens, or the model's context, allow ({room} tokens)")
+        if len(sets[name]) < wanted:
+            raise UserError(f"{name}: too few problems: lower --prompts_per_step, or "
+                            "--max_new_tokens, which leaves more of the context to a prompt")
+    return sets.pop("training"), sets
 
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1192,16 +1095,20 @@ def save_checkpoint(out, model, optimizer, state):
 
 def load_checkpoint(out, model, optimizer, state):
     """Puts model, optimizer, state and the log back where save_checkpoint saw them."""
-    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    weights, moments, trackers, last, state.step, size = saved
-    for tracker, (value, count) in zip((state.values, state.lengths), trackers):
-        if len(value) != len(tracker.value):
-            raise ValueError(f"it knows {len(value)} problems, --data has {len(tracker.value)}")
-        tracker.value[:] = value
-        tracker.count[:] = count
-    sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
-                           options=WHOLE)
-    state.last = {i: Sample(*s) for i, s in last.items()}
+    try:
+        saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        weights, moments, trackers, last, state.step, size = saved
+        for tracker, (value, count) in zip((state.values, state.lengths), trackers):
+            if len(value) != len(tracker.value):
+                raise ValueError(f"it knows {len(value)} problems, not {len(tracker.value)}")
+            tracker.value[:] = value
+            tracker.count[:] = count
+        sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
+                               options=WHOLE)
+        state.last = {i: Sample(*s) for i, s in last.items()}
+    except Exception as error:  # whatever a file may hold
+        first, *_ = str(error).split("\n")
+        raise UserError(f"cannot resume from {out}: {first}") from None
     os.truncate(out / "metrics.jsonl", size)
 
 
@@ -1217,28 +1124,22 @@ def set_up(config):
     model, tokenizer = load_model(c)
     problems, tests = load_data(c, model, tokenizer)
     shard(model, c)
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999),
-                                  weight_decay=c.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999), fused=True)
     memory = (c.rho_min, c.rho_max, c.tau)
     values = Tracker(len(problems), 0, *memory)
     state = State(values, Tracker(len(problems), c.init_length, *memory), {})
     if c.resume:
-        try:
-            load_checkpoint(out, model, optimizer, state)
-            optimizer.param_groups[0]["weight_decay"] = c.weight_decay  # a flag may have changed it
-        except Exception as error:  # whatever a file may hold
-            first, *_ = str(error).split("\n")
-            raise UserError(f"cannot resume from {out}: {first}") from None
+        load_checkpoint(out, model, optimizer, state)
+    optimizer.param_groups[0]["weight_decay"] = c.weight_decay  # a flag may change it on resume
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if c.steps:  # evaluation alone leaves a run's settings as they are
             (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
-    size = model.num_parameters() / 1e6
-    sets = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
-    print(f"model     {c.model}, {size:.2f}M parameters, {dist.get_world_size()} x {model.device}"
-          f"\nproblems  {len(problems)}; to evaluate on: {sets}, x {c.eval_samples} samples"
-          f"\nplan      {c.algo}, ablation {c.ablation}, steps {state.step + 1} to {c.steps}, each "
-          f"{c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} "
+    sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
+    print(f"model     {c.model}, {model.num_parameters() / 1e6:.2f}M parameters, "
+          f"{dist.get_world_size()} x {model.device}\nproblems  {len(problems)}; to evaluate on: "
+          f"{sizes}\nplan      {c.algo}, ablation {c.ablation}, steps {state.step + 1} to {c.steps}"
+          f": {c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} "
           f"tokens\nfolder    {out}")
     return out, (model, tokenizer, optimizer, problems, state), tests
 
@@ -1317,8 +1218,7 @@ def parse_config(argv):
 def main(argv=None):
     """Runs; a mistake of the user's ends in one line and an exit code that is not 0."""
     transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     try:
         train(parse_config(argv))
         if "LOCAL_RANK" in os.environ:
