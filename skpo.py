@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "transformers>=4.57.1,<6", "numpy", "sympy"]
+# dependencies = ["torch==2.13.0", "transformers>=4.57.1,<6", "numpy"]
 # ///
 """SKPO, Skip-Connected Policy Optimization (Teng et al., arXiv 2604.08690), in one file.
 
@@ -26,17 +26,18 @@ import os
 import random
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Subnormal
 from functools import partial
+from html.entities import html5
 from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # KV caches grow
 import numpy as np
-import sympy
 import torch
 import torch.distributed as dist
 import transformers
@@ -50,12 +51,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 
 # ---- 1. Config: Appendix C -----------------------------------------------------------------------
 
-Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
-
-
 @dataclass
 class Config:
     """Every knob, with the paper's value (Appendix C). The comment beside it is its --help."""
+    Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
     model: str = "embedded"  # transformers folder or hub name; "embedded": a tiny one, built here
     data: str = ""  # JSON lines to train on, or "sums", "arithmetic"; "": built-in problems
     eval_data: str = ""  # JSON lines to evaluate on, several with commas; "": held-out ones of data
@@ -95,8 +94,8 @@ class Config:
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
 
-# Defaults of the embedded model, and of any other one without a GPU: there the upstream loss is
-# left out, for in a run so small it is mostly noise (README, noise.py).
+# Defaults of the embedded model, and of any other one without a GPU. SMALL leaves the upstream loss
+# out: in a run so small it is mostly noise (README, noise.py).
 EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10)
 SMALL = dict(steps=20, prompts_per_step=8, minibatches=2, group_size=4, max_new_tokens=128,
              lr=1e-5, w_up=0.0, init_length=64, eval_every=10, eval_samples=1, eval_problems=16,
@@ -126,8 +125,7 @@ def split_position(length, rng, low=1 / 6, high=1 / 2):
 
 def cut_segment(sample):
     """A segment that ended before its pause is cut to half of its length (Section 3.1).
-    paper silent: EOS is not counted; an EOS on the very token of the pause is an end; a segment
-    that is EOS alone stays so."""
+    paper silent: EOS is not counted; an EOS on the very token of the pause is an end."""
     if not sample.finished:
         return sample
     half = max(1, (len(sample.tokens) - 1) // 2)
@@ -142,15 +140,14 @@ def select_segment(logprobs, target=np.median):
     d = [-np.mean(segment) for segment in logprobs]  # [G], nats a token
     gap = np.abs(d - target(d))
     nearest = gap <= gap.min() + 1e-9  # with an even G the two middle ones tie, but for rounding
-    return int(np.flatnonzero(nearest)[0])
+    return int(nearest.argmax())  # the first
 
 
 def skip_prompt(segment, prompt, bos_token_id=None):
     """The skip connection (Section 3.1): [s, q], the segment FIRST, then the whole prompt; lists
     of ids. paper silent: joined as they are; only a BOS that opens q moves to the very front."""
-    if bos_token_id is not None and prompt[:1] == [bos_token_id]:
-        return [bos_token_id] + segment + prompt[1:]
-    return segment + prompt
+    bos = 1 if prompt[:1] == [bos_token_id] else 0
+    return prompt[:bos] + segment + prompt[bos:]
 
 
 # ---- 3. Values and trackers (Sections 3.1, 3.2; SPO); the choice of prompts ----------------------
@@ -196,24 +193,20 @@ def choose_prompts(values, n, rng, eps=0.05):
 
 # ---- 4. Advantages and losses (Section 3.2) ------------------------------------------------------
 
-def standardise(x):
-    """(x - mean) / std along the last dimension; 0, not NaN, where all values there are equal.
-    paper silent: the population's std, without an epsilon."""
-    mean = x.mean(-1, keepdim=True)
-    std = x.std(-1, correction=0, keepdim=True)
-    equal = std < 1e-9  # but for rounding
-    return torch.where(equal, 0.0, (x - mean) / std)
-
-
 def group_advantages(rewards):
-    """Downstream: A_i = (R_i - mean R) / std R within each group. [B, G] -> [B, G]."""
-    return standardise(torch.as_tensor(rewards).double())
+    """Downstream: A_i = (R_i - mean R) / std R within each group; 0, not NaN, where all its R are
+    equal. [B, G] -> [B, G]. paper silent: the population's std, without an epsilon."""
+    R = torch.as_tensor(rewards).double()
+    mean = R.mean(-1, keepdim=True)
+    std = R.std(-1, correction=0, keepdim=True)
+    equal = std < 1e-9  # but for rounding
+    return torch.where(equal, 0.0, (R - mean) / std)
 
 
 def upstream_advantages(values, baselines):
     """Upstream: A = R_I - V(q), normalised over the batch (SPO). [B], [B] in [-1, 1] -> [B]."""
     A = torch.as_tensor(values).double() - torch.as_tensor(baselines)
-    return standardise(A)
+    return group_advantages(A)  # here the group is the batch
 
 
 def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.28):
@@ -260,7 +253,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     """Steps 1 to 11 on B prompts; the last four arguments are what Table 2 replaces (`ablation`).
     problems: Problems with their prompts' ids. Returns the step's row of metrics.jsonl."""
     c = config
-    rng, sample, log = begin(model, tokenizer, c, state.step)
+    rng, sample, log = begin(model, tokenizer, c, state.step)  # sample(prompts, n, limits): [P][n]
 
     # 1. Choose B distinct prompts. V is read here: step 8 wants the value from before step 11.
     chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
@@ -284,9 +277,10 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
 
     # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
     answers = [problems[i].answer for i in chosen]
-    reward = partial(grade, tokenizer, answers)  # [B][n] Samples -> [B, n] of +-1
-    R_II = reward(responses)  # [B, G]
-    R_I = outcomes(segments, sample, reward) if outcomes else monte_carlo_value(R_II)  # [B]
+    R_II = grade(tokenizer, answers, responses)  # [B, G] of +-1
+    R_I = monte_carlo_value(R_II)  # [B]
+    if outcomes:
+        R_I = outcomes(sample, segments, tokenizer, answers)
 
     # 7. and 8. Advantages.
     A_II = group_advantages(R_II)  # [B, G]
@@ -306,8 +300,8 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
             o.weight = 1 / (tokens * per_batch)  # eq. 5
 
     # How far pi has moved since it last saw q, for step 11; step 10 moves it again.
-    before = map(state.last.get, chosen.tolist())  # None at a first visit
-    drift = policy_drift(model, list(before), c.temperature)  # [B], nats
+    before = [state.last.get(i, s) for i, s in zip(chosen.tolist(), segments)]  # first visit: s
+    drift = policy_drift(model, before, c)  # [B], nats
 
     # 10. One optimiser step a mini-batch.
     groups = [[s] + group for s, group in zip(segments, responses)]  # [B][1 + G]
@@ -327,27 +321,27 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     return log
 
 
-def policy_drift(model, segments, temperature):
+def policy_drift(model, segments, config):
     """D: how far pi moved since it last acted on each prompt, the mean over the tokens of the
-    segment kept then of |log pi_then - log pi_now|. segments: B of Sample, or None at a first
-    visit, where D is 0 -> [B] nats. paper silent: after SPO's code, but on s alone (SPO: the
-    whole response) and before the update (SPO: after it)."""
+    segment kept then of |log pi_then - log pi_now|. B Samples -> [B] nats. paper silent: after
+    SPO's code, but on s alone (SPO: the whole response) and before the update (SPO: after it)."""
     @torch.no_grad()
     def moved(mine):
-        now, then, _, mask = sample_logprobs(model, mine, temperature)  # [N, T]
-        return ((then - now).abs().sum(1) / mask.sum(1)).tolist()
-    drift = np.zeros(len(segments))
-    seen = [b for b, s in enumerate(segments) if s is not None]
-    drift[seen] = spread(moved, [segments[b] for b in seen])
-    return drift
+        D = np.zeros(len(mine))
+        for rows in micro_batches(mine, config.micro_tokens):
+            batch = [mine[i] for i in rows]
+            now, then, _, mask = sample_logprobs(model, batch, config.temperature)  # [N, T]
+            D[rows] = ((then - now).abs().sum(1) / mask.sum(1)).cpu()
+        return D.tolist()
+    return spread(moved, segments)
 
 
 # ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
 
 def update(model, optimizer, samples, config):
-    """One optimiser step on the loss of a mini-batch of Samples (eq. 4). What has no advantage adds
-    nothing to the gradient and is not run: it counts in the others' weights. paper silent: with no
-    advantage at all no step is taken, for AdamW's moments and decay would move the weights.
+    """One optimiser step on the loss of a mini-batch of Samples (eq. 4). What has no advantage has
+    no gradient and is not run; the weights have counted it. paper silent: with no advantage at all
+    no step is taken, for AdamW's moments and decay would move the weights.
     Returns sums over the tokens run, and the norm of the gradient before it is clipped."""
     join_processes()
     c = config
@@ -355,7 +349,7 @@ def update(model, optimizer, samples, config):
     rows = [s for s in samples if s.advantage and part[s.upstream]]
     sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
     each_shard(model, "unshard")
-    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):
+    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):  # real: 1, else 0
         batch = [rows[i] for i in indices]
         logprobs, old, entropy, mask = sample_logprobs(model, batch, c.temperature)  # [N, T]
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
@@ -375,8 +369,7 @@ def update(model, optimizer, samples, config):
     log = dict(zip(("tokens", "ratio", "clip_fraction", "entropy"), sums.tolist()), grad_norm=0.0)
     if rows:
         shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
-        norm = torch.nn.utils.clip_grad_norm_(shards, c.max_grad_norm)
-        log["grad_norm"] = getattr(norm, "full_tensor", lambda: norm)().item()
+        log["grad_norm"] = torch.nn.utils.clip_grad_norm_(shards, c.max_grad_norm).item()
         if not math.isfinite(log["grad_norm"]):
             raise UserError("the gradient is not a finite number: --resume with a lower --lr")
         optimizer.step()
@@ -455,7 +448,7 @@ def grpo_step(model, tokenizer, optimizer, problems, state, config):
     rows = c.prompts_per_step // c.minibatches * c.group_size
     for group, A_group in zip(responses, group_advantages(R).tolist()):
         for o, A in zip(group, A_group):
-            o.upstream = True
+            o.upstream = True  # the form of eq. 6
             o.advantage = A
             o.weight = 1 / (len(o.tokens) * rows)
     learn(model, optimizer, responses, responses, R, replace(c, w_up=1.0), log)
@@ -474,21 +467,20 @@ def continued_responses(sample, segments, tokenizer, config):
     return responses
 
 
-def own_outcomes(segments, sample, reward):
+def own_outcomes(sample, segments, tokenizer, answers):
     """no_mc: the outcome of one continuation from [q, s], or of the segment that ended by itself
     -> [B]. paper silent: V(q) follows it too; the continuation has the full limit."""
     paused = [s for s in segments if not s.complete]
     onward = sample([s.prompt + s.tokens for s in paused], 1)  # [P][1]
     for s, (o,) in zip(paused, onward):
         s.complete = s.tokens + o.tokens
-    return reward([[s] for s in segments])[:, 0]
+    return grade(tokenizer, answers, [[s] for s in segments])[:, 0]
 
 
 def ablation(config, step):
     """What `training_step` takes in place of the paper's pieces."""
-    even = step % 2 == 0
-    end = config.split_low if even else config.split_high
-    extreme = np.min if even else np.max
+    end = [config.split_low, config.split_high][step % 2]
+    extreme = [np.min, np.max][step % 2]
     return {
         "none": {},
         "no_skip": dict(respond=continued_responses),
@@ -502,29 +494,29 @@ def ablation(config, step):
 
 NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
-FIRST = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-BAR = dict(leave=False, disable=None if FIRST else True)  # tqdm's None: on a terminal only
+BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: if a terminal
 CHUNK = 16  # tokens sampled between two looks at which rows have ended
 PASS_TOKENS = 4096 if torch.cuda.is_available() else 1024  # a CPU is as fast with small passes
 
 
 def pad(rows, device, side="right", dtype=torch.long):
-    """Lists -> (values [N, T], mask [N, T] of bool), T at least 1. The mask is of lengths, never of
+    """Lists -> (values [N, T], mask [N, T] of bool), T at least 2. The mask is of lengths, never of
     values: a pad id may be an EOS id."""
-    rows = [torch.tensor(row, dtype=dtype) for row in rows] + [torch.zeros(1, dtype=dtype)]
+    rows = [torch.tensor(row, dtype=dtype) for row in rows] + [torch.zeros(2, dtype=dtype)]
     values = pad_sequence(rows, True, padding_side=side)[:-1]
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side=side)[:-1]
     return values.to(device), mask.to(device, torch.bool)
 
 
 def prefill(model, prompts):
-    """Keys and values of all but the last token of P prompts (lists of ids): (cache, ids [P, S],
-    mask [P, S]), padded at the left. With gradients on the cache carries them: in training too one
-    forward pass of a prompt serves all the rows that follow it."""
-    ids, mask = pad([p[:-1] for p in prompts], model.device, "left")
+    """P prompts (lists of ids), padded at the left: (cache, ids [P, S], mask [P, S]); the cache has
+    the keys and values of all but the last token. With gradients on it carries them: in training
+    too one forward pass of a prompt serves all the rows that follow it."""
+    ids, mask = pad(prompts, model.device, "left")
     cache = DynamicCache(config=model.config)
-    model.base_model(ids, attention_mask=mask.long(), **{CACHE: cache}, use_cache=True,
-                     position_ids=(mask.cumsum(1) - 1).clamp(0))
+    positions = (mask.cumsum(1) - 1).clamp(0)
+    model.base_model(ids[:, :-1], attention_mask=mask[:, :-1].long(), use_cache=True,
+                     position_ids=positions[:, :-1], **{CACHE: cache})
     if cache.get_seq_length() == 0:  # gradient checkpointing in train() mode drops it silently
         raise ValueError("the KV cache stayed empty")
     return cache, ids, mask
@@ -544,10 +536,9 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     groups = [[Sample([], [], False, p) for _ in range(n)] for p in prompts]
     rows = [(s, limit) for group, limit in zip(groups, limits) for s in group]  # [P * n]
     eos = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)} - {None}
-    cache, ids, mask = prefill(model, prompts)
-    last, ones = pad([p[-1:] for p in prompts], model.device)  # [P, 1]
-    ids = torch.cat([ids, last], 1).repeat_interleave(n, 0)  # [P * n, T]
-    mask = torch.cat([mask, ones], 1).repeat_interleave(n, 0)
+    cache, ids, mask = prefill(model, prompts)  # [P, S]
+    ids = ids.repeat_interleave(n, 0)  # [P * n, S]
+    mask = mask.repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     bar = tqdm(desc="sampling", unit=" tokens", **BAR)
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
@@ -597,7 +588,7 @@ def rows_that_fit(model, length):
     if model.device.type == "cuda":
         idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
-    logits = 4 * (CHUNK + 4) * model.config.vocab_size  # float32: a chunk's, and some copies of one
+    logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32
     return memory // (token * (length + CHUNK) + logits)
 
 
@@ -607,16 +598,14 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     distribution (without gradients), nats, [N, T] float32, 0 where padded, and the mask [N, T]."""
     shared = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
     owner = torch.tensor([shared[tuple(p)] for p in prompts], device=model.device)  # [N]
-    cache, _, before = prefill(model, list(shared))
+    cache, x, seen = prefill(model, list(shared))  # [P, S]
     cache.batch_select_indices(owner)  # P -> N rows
-    before = before[owner]  # [N, S]
     targets, mask = pad(responses, model.device)  # [N, T]
-    last, _ = pad([p[-1:] for p in prompts], model.device)  # [N, 1]
-    ids = torch.cat([last, targets[:, :-1]], 1)  # [N, T]: the prompt's last token opens a row
-    positions = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
-    hidden = model.base_model(
-        ids, attention_mask=torch.cat([before, mask], 1).long(), position_ids=positions,
-        **{CACHE: cache}, use_cache=True).last_hidden_state  # [N, T, D]
+    ids = torch.cat([x[owner, -1:], targets[:, :-1]], 1)  # [N, T]: the prompt's last token first
+    seen = torch.cat([seen[owner], mask[:, :-1]], 1)  # [N, S + T - 1]
+    positions = seen.cumsum(1)[:, -ids.shape[1]:] - 1  # [N, T]
+    hidden = model.base_model(ids, attention_mask=seen.long(), position_ids=positions,
+                              use_cache=True, **{CACHE: cache}).last_hidden_state  # [N, T, D]
     logprobs, entropy = chunked_logprobs(
         model.get_output_embeddings(), hidden[mask], targets[mask], temperature)  # [sum of lengths]
     zeros = torch.zeros(mask.shape, device=mask.device)
@@ -628,13 +617,9 @@ def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     p without, nats. hidden [M, D], targets [M] -> two [M], float32. A chunk's logits [chunk, V]
     live only while they are used: the backward pass computes them again."""
     def piece(h, target):
-        logits = head(h).float() / temperature  # [m, V]
-        normaliser = logits.logsumexp(1)  # [m]
-        logprobs = logits.gather(1, target[:, None]).squeeze(1) - normaliser  # [m]
-        with torch.no_grad():
-            p = (logits - normaliser[:, None]).exp()  # [m, V]
-            entropy = normaliser - torch.linalg.vecdot(p, logits)  # [m]
-        return logprobs, entropy
+        table = (head(h).float() / temperature).log_softmax(1)  # [m, V]
+        entropy = torch.special.entr(table.detach().exp()).sum(1)  # [m]
+        return table.gather(1, target[:, None]).squeeze(1), entropy
     chunks = zip(hidden.split(chunk), targets.split(chunk))
     parts = [checkpoint(piece, h, target, use_reentrant=False) for h, target in chunks]
     return [torch.cat(x) for x in zip(*parts)]
@@ -676,19 +661,15 @@ def grade(tokenizer, answers, groups):
 # Answers are equal if their normal forms are. Model output is untrusted: LaTeX becomes Python,
 # which is parsed and never run; a number beyond 10^+-100 is an error, and the text compared.
 
-NUMBERS = Context(prec=400, Emin=-100, Emax=100,
+NUMBERS = Context(prec=300, Emin=-100, Emax=100,
                   traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])
-ROUNDED = Context(prec=250)  # what is compared
-CONSTANTS = {"e": NUMBERS.exp(1), "π": Decimal(str(sympy.pi.evalf(400)))}
-LETTERS = {"pi": "π", "alpha": "α", "beta": "β", "gamma": "γ", "theta": "θ", "lambda": "λ",
-           "mu": "μ", "phi": "φ", "omega": "ω", "infty": "Ω", "emptyset": "Ø"}
-PLAIN = re.compile(r"[-+]?([0-9]{1,50}\.?[0-9]{0,50}|\.[0-9]{1,50})")
+ROUNDED = Context(prec=210)  # what is compared
 NAME = re.compile(r"(?:^|(?<=,))\s*((?:\\?[a-zA-Z]|\\[a-z]+|[A-Z]{2,3})(?:_\w|_\{\w+\})?"
                   r"(?:\([a-zA-Z]\))?|\([a-z](?:\s*,\s*[a-z])*\))\s*(?:=|\\in(?![a-zA-Z]))")
 UNIT = (r"(?:(?:square|cubic) )?(?:[cmk]m|in|ft|feet|kg|mph|percent|inch(?:es)?|(?:meter|gram|mile|"
         r"unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)")
 TIDY = [
-    (r"[.\s]+$", ""), ("infinity", r"\\infty "), ("−", "-"),
+    (r"[.\s]+$", ""), (r"infinity|\\infty(?![a-zA-Z])|∞", " Ω "), ("−", "-"),
     (r"\\begin\{[pb]?matrix\}", "(("), (r"\\\\(?!\s*\\end)", "),("), ("&", ","),
     (r"(?:\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # between thousands, not a space
@@ -699,7 +680,7 @@ TIDY = [
     (r"\\(?:cdot|times)(?![a-zA-Z])", "*"), (r"\\div(?![a-zA-Z])", "/"),
     (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
     (r"\\(?:(?:text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
-    (rf"(?<=[\d}})])\s*{UNIT}(?:\s*\^\s*\{{?[23]\}}?|\s*[CF])?\s*(?=,|$)", ""),
+    (rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{UNIT}(?:\s*\^\s*\{{?[23]\}}?|\s*[CF])?\s*(?=,|$)", ""),
     (r"^\s*[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*$", lambda m: m[0].replace(",", "")),  # not 12, 144
 ]
 NESTED = [  # applied again and again, the inner ones go first
@@ -709,34 +690,31 @@ NESTED = [  # applied again and again, the inner ones go first
     (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
 ]
 PYTHON = [
+    (r"(?<![\w.])0+(?=[0-9])", ""),  # 033 is no number of Python's
     (r"(?<![\\a-zA-Z])(sqrt|pi)(?![a-zA-Z])", r"\\\1 "), (r"_\{(\w)\}(?!\w)", r"_\1"),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
+    (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
     (r"(?<![\d.^_/])(?<!\d )(\d+) +(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),  # mixed numbers
     (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
     (r"(\d)[eE]([-+]?\d{1,2})(?![\d.])", r"\1*10^(\2)"), (r"(?<=\d)_", " _"),  # no 1_2 for 12
-    (r"(?<![\w.)!])(\d\d?)!(?!!)", lambda m: str(math.factorial(int(m[1])))),
+    (r"(?<![\w.)])(?<!!!)(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})"),
     (r"^\s*\[([^][()]*)\)\s*$", r"([],\1)"), (r"^\s*\(([^][()]*)\]\s*$", r"((),\1)"),  # half open
     *8 * NESTED,
-    (r"\\([a-z]+)(?![a-zA-Z])", lambda m: LETTERS.get(m[1], m[0])), (r"\\([{}])", r"\1"),
+    (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])), (r"\\([{}])", r"\1"),
     (r"(?<=[^\W_]|\))\s*(?=[^\W\d_]|\()", "*"), (r"\^", "**"),
 ]
 
 
 def extract_answer(text):
     r"""What the last complete \boxed{...} in text holds; None if none or empty. One pass."""
-    last = None
-    last_start = -1
+    box = (0, 0)  # start, end
     starts = []  # of what is in the open braces, -1 without \boxed
     for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if token[0].endswith("{") and token[0] != r"\{":
             starts.append(token.end() if len(token[0]) > 1 else -1)
         elif token[0] == "}" and starts:
-            start = starts.pop()
-            if start > last_start:  # of nested boxes, the inner one
-                last = text[start:token.start()].strip()
-                last_start = start
-    return last or None
+            box = max(box, (starts.pop(), token.start()))  # of nested boxes, the inner one
+    return text[slice(*box)].strip() or None
 
 
 def is_correct(response, answer):
@@ -746,26 +724,22 @@ def is_correct(response, answer):
 
 
 def normal_form(text):
-    """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable.
-    Never raises, never runs what it reads, and takes a bounded time."""
-    text = text.strip()
-    if PLAIN.fullmatch(text):
-        return Decimal(text)
+    """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable."""
     if len(text) > 300:
         return text
     for pattern, new in TIDY:
         text = re.sub(pattern, new, text)
     if len(set(NAME.findall(text))) == 1:  # of several, x = 1, y = 2, they matter
         text = NAME.sub("", text)
-    if re.fullmatch(r"\s*[a-zA-Z][a-zA-Z ]+", text):  # words are no products of letters
+    if re.fullmatch(r"[a-zA-Z][a-zA-Z ]+", text.strip()):  # words are no products of letters
         return " ".join(text.casefold().split())
     for pattern, new in PYTHON:
         text = re.sub(pattern, new, text)
     try:
         text = f"[{text.strip()}]"
         items = ast.parse(text, mode="eval").body.elts
-        whole = items[0] if len(items) == 1 else ast.Set(items)  # a bare list has no order
-        forms = [form(whole, text, sign) for sign in (1, -1)]  # of its letters: |x| is not x
+        whole = items if len(items) == 1 else [ast.Set(items)]  # a bare list has no order
+        forms = [form(ast.List(whole), text, sign)[1] for sign in (1, -1)]  # |x| is not x
     except Exception:  # no expression, or too large
         return "".join(text.split())
     return forms[0] if forms[0] == forms[1] else ("values", *forms)
@@ -786,24 +760,22 @@ OPERATORS = {ast.Add: NUMBERS.add, ast.Sub: NUMBERS.subtract, ast.Mult: NUMBERS.
 
 
 def form(node, text, sign):
-    """Of a part of the parsed text: a rounded number, or a tuple of forms, a set's sorted."""
+    """Of a part of the parsed text: a number, its letters being numbers of that sign, or a tuple of
+    forms, its numbers rounded, a set's sorted."""
     if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
         items = [form(item, text, sign) for item in node.elts]
+        items = [x if isinstance(x, tuple) else ROUNDED.normalize(x) for x in items]
         if isinstance(node, ast.Set):
             items.sort(key=str)
         return (type(node).__name__, *items)
-    return ROUNDED.normalize(number(node, text, sign))
-
-
-def number(node, text, sign):
-    """The value of a part of the parsed text, its letters being numbers of that sign."""
     if isinstance(node, ast.BinOp):
-        left = number(node.left, text, sign)
-        return OPERATORS[type(node.op)](left, number(node.right, text, sign))
+        left = form(node.left, text, sign)
+        return OPERATORS[type(node.op)](left, form(node.right, text, sign))
     if isinstance(node, ast.UnaryOp):
-        return OPERATORS[type(node.op)](0, number(node.operand, text, sign))
+        return OPERATORS[type(node.op)](0, form(node.operand, text, sign))
     if isinstance(node, ast.Name) and re.fullmatch(r"\w(_\w)?", node.id):
-        return CONSTANTS.get(node.id) or Decimal(sign * random.Random(node.id).uniform(1, 2))
+        constants = {"e": math.e, "π": math.pi}
+        return Decimal(constants.get(node.id) or sign * random.Random(node.id).uniform(1, 2))
     return NUMBERS.create_decimal(ast.get_source_segment(text, node))  # not through a float
 
 
@@ -840,6 +812,7 @@ def load_problems(source):
             row = json.loads(line)
             question = row.get("question", row.get("problem")).encode(errors="replace").decode()
             answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
+            answer = extract_answer(answer) or answer
             if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
                 raise ValueError("empty")
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
@@ -867,8 +840,7 @@ def load_model(config):
     or a hub name, whose organisation may be left out. No remote code, no pickle."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.model == "embedded":
-        warm_up = {"steps": 0} if config.resume else {}  # a checkpoint brings its own weights
-        model, tokenizer = embedded_model(config.seed, **warm_up)
+        model, tokenizer = embedded_model(config.seed, 0 if config.resume else 400)
         return model.to(device), tokenizer
     source = config.model
     homes = dict(qwen="Qwen", llama="meta-llama", smollm="HuggingFaceTB", gemma="google")
@@ -881,11 +853,10 @@ def load_model(config):
                                                      use_safetensors=True)
         model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
         check_policy(model)
+        prompt_ids(tokenizer, "", config.template)  # a chat template may refuse
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
-        first, *_ = str(error).split("\n")
-        raise UserError(f"cannot use --model {source}: {first}") from None
-    eos = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=eos)  # the rest is not pi
+        raise UserError(f"cannot use --model {source}: {error or repr(error)}") from None
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model, tokenizer
 
 
@@ -951,7 +922,7 @@ def join_processes():
     alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+    dist.init_process_group(**alone)  # gloo for the CPU, nccl for GPUs
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -979,8 +950,7 @@ def shard(model, config):
 
 
 def each_shard(model, do):
-    """"unshard" makes the weights that compute, if an optimiser step outdated them, "reshard" lets
-    go of them."""
+    """unshard: makes the weights that compute, if a step outdated them; reshard: frees them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             getattr(module, do)()
@@ -1059,10 +1029,10 @@ def load_data(config, model, tokenizer):
         longest = max(c.init_length, c.max_new_tokens)
         room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
     room = min(room, c.max_prompt_tokens)
-    sets = {"training": train, **tests}
+    sets = {"--data": train, **tests}
     for name, problems in sets.items():
-        wanted = c.prompts_per_step if name == "training" and c.steps else 1
-        problems = problems if name == "training" else problems[:c.eval_problems or None]
+        wanted = c.prompts_per_step if name == "--data" and c.steps else 1
+        problems = problems if name == "--data" else problems[:c.eval_problems or None]
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
         sets[name] = [p for p in problems if 0 < len(p.ids) <= room]
@@ -1072,7 +1042,7 @@ def load_data(config, model, tokenizer):
         if len(sets[name]) < wanted:
             raise UserError(f"{name}: too few problems: lower --prompts_per_step, or "
                             "--max_new_tokens, which leaves more of the context to a prompt")
-    return sets.pop("training"), sets
+    return sets.pop("--data"), sets
 
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1107,8 +1077,7 @@ def load_checkpoint(out, model, optimizer, state):
                                options=WHOLE)
         state.last = {i: Sample(*s) for i, s in last.items()}
     except Exception as error:  # whatever a file may hold
-        first, *_ = str(error).split("\n")
-        raise UserError(f"cannot resume from {out}: {first}") from None
+        raise UserError(f"cannot resume from {out}: {error}") from None
     os.truncate(out / "metrics.jsonl", size)
 
 
@@ -1125,9 +1094,8 @@ def set_up(config):
     problems, tests = load_data(c, model, tokenizer)
     shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999), fused=True)
-    memory = (c.rho_min, c.rho_max, c.tau)
-    values = Tracker(len(problems), 0, *memory)
-    state = State(values, Tracker(len(problems), c.init_length, *memory), {})
+    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, c.init_length)]
+    state = State(*trackers, {})
     if c.resume:
         load_checkpoint(out, model, optimizer, state)
     optimizer.param_groups[0]["weight_decay"] = c.weight_decay  # a flag may change it on resume
@@ -1221,10 +1189,9 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     try:
         train(parse_config(argv))
-        if "LOCAL_RANK" in os.environ:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
     except (UserError, OSError, json.JSONDecodeError) as error:
-        sys.exit(f"skpo.py: {error}")
+        sys.exit(textwrap.shorten(f"skpo.py: {error}", 400))
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")
     except KeyboardInterrupt:
