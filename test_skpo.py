@@ -11,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np, pytest, skpo, torch, transformers
 from skpo import Config, Problem, Sample, Tracker
 HERE = Path(__file__).parent
-
 @pytest.fixture(scope="session", autouse=True)
 def tiny():  # a random model of two layers, float32, and the embedded tokenizer
     skpo.join_processes()
@@ -70,7 +69,7 @@ def test_the_scripts_own_dependencies_are_the_requirements():
 
 def test_problem_files(tmp_path):
     f = tmp_path / "p.jsonl"
-    good = '{"question": "a", "answer": "two\\n#### 2"}\n\n{"problem": "b", "answer": 27.0}\n'
+    good = '{"question": "a", "answer": "#### \\\\boxed{2}"}\n\n{"problem": "b", "answer": 27.0}\n'
     f.write_text(good)
     assert skpo.load_problems(f) == [Problem("a", "2"), Problem("b", "27.0")]
     for bad in ('{"question": "a", "answer": "#### "}', '{"question": "a", "answer": true}', "\0",
@@ -112,13 +111,12 @@ EQUAL = r"""1,000|1000;12{,}345|12345;10\,000|10000;5|5 - -10 - 10;1.5\times 10^
 \frac12|\frac{1}{2};2\frac{1}{2}|5/2;2 1/2|2.5;\frac{-3}{4}|-\frac34;50\%|50;\$1,234.50|1234.5
 45°|45 degrees;\sqrt[3]{27}|3;2^{10}|1024;\pi/2|\frac{\pi}{2};\infty|infinity;f(x)=2x|2x
 (1,2)|( 1, 2 );\left(\frac12, 3\right)|(0.5,3);\{1,2,3\}|\{3,2,1\};1,2|2, 1
-(0,1)\cup(2,3)|(0,1) \cup (2,3);(x+1)^2|x^2+2x+1;\frac{1}{2}x|x/2
-\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3}
+(0,1)\cup(2,3)|(0,1) \cup (2,3);(x+1)^2|x^2+2x+1;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3}
 x \in [1,2]|[1,2];\sqrt[3]{-8}|-2;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4};1,234\%|1234
-\theta = 30^\circ|30;\boldsymbol{5}|5
+\theta = 30^\circ|30;\boldsymbol{5}|5;(-∞,3]|(-\infty, 3];x=05|5
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix};2**3|8
 x=2 \text{ or } x=3|3,2;a_{1}+a_2|a_2+a_1;3\sqrt{2}i|3i\sqrt{2};\$5, \$6|5,6;50^{\circ}\text{C}|50
-\left\{1,2\right\}|\{1, 2\}"""
+\left\{1,2\right\}|\{1, 2\};\text{A}|A;4\pi\text{ cm}^3|4\pi;\frac{5!}{2!3!}|10;x \leq 5|x\le 5"""
 DIFFERENT = r"""5|6;0.33|1/3;0.333333|1/3;1.414|\sqrt2;(1,2)|(2,1);(0,1)|[0,1];[0,1)|[0,1];1|-1;x|y
 x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\};\{1,2\}|\{1,2,3\};\{1,1\}|\{1,2\};\sqrt{x^2}|x
 100!|99!;10^{100}|10^{100}+1;2^{100}|2^{100}+1;9^{9^{9^9}}|1;1/0|1/0+1;1000|1,001;(1,2)|12;12|1,2
@@ -129,11 +127,10 @@ x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\};\{1,2\}|\{1,2,3\};\{1,1\}|\{1,
 5 factorial|5;1450000.5|1450000;x=1,y=2|x=2,y=1;2 dozens|2;2\text{ dozens}|2;\log 2|\ln 2;3!!|720
 \$1\$2|12;5%3|53;5^\circ3|53;no|on;x+y=5|5;xy=5|5;-(1,2)|();-(1,2)|(1,2);2(1,2)|(1,2,1,2)
 10^{100}+10^{-100}|10^{100};|x|/x|1-i;1e-999|0;x<5|x<6;x\le5|x<5;3:4|3/4;3 pm|3 am
-3\text{ pm}|3\text{ am};12\text{ mod }5|12
-\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}
+12\text{ mod }5|12;\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}
 (1,2,3,4)|\begin{pmatrix}1&2\\3&4\end{pmatrix};1 1 1/2|3/2;2g|2;5m|5;3\mathrm{i}|3;\{1,2\},3|1,2,3
 \frac123|\frac{1}{23};-2\frac{1}{2}|-1.5;-2^2|4;2^{3^2}|64;1.5.5|7.5;(1,234)|1234;x=1,2|x=1,3
-|x-1||x-1;2^3|8.5;\sqrt[3]{x}|\sqrt{x};1,000|1;\binom{5}{2}|\frac{5}{2};a_{12}|a_1;1_2|12
+|x-1||x-1;2^3|8.5;\sqrt[3]{x}|\sqrt{x};1,000|1;\binom{5}{2}|\frac{5}{2};a_{12}|a_1;1_2|12;2!3|23
 \text{no solution}|no;\infty+1|\infty;1010_2|1010;0.\overline{3}|0.3"""
 @pytest.mark.parametrize("table, verdict", [(EQUAL, True), (DIFFERENT, False)])
 def test_verdicts(table, verdict):
@@ -666,15 +663,15 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
     ("--model qwen2.5-none", "--model Qwen/qwen2.5-none"), ("--model @/nomodel", "cannot use"),
     ("--model @/narrow", "or --max_new"), ("--model @/model --data @/none", "No such file"),
     ("--model @/model --eval_data @/good,@/none", "No such file"), ("--group_sze 4", "--group_sze"),
-    ("--out @/run", "holds a run"), ("--model @/model --data @/few", "training: too few"),
+    ("--out @/run", "holds a run"), ("--model @/model --data @/few", "--data: too few"),
     ("--model @/model --data @/broken", "line 2: not a JSON"), ("--data @/good", "need a --model"),
     ("--group_size 1", "size >= 2"), ("--prompts_per_step 0", "step > 0"), ("--out @/good", "good"),
     ("--lr nan", "--lr nan: wanted"), ("--lr 0", "lr > 0"), ("--steps -1", "from 0 up"),
-    ("--minibatches 3", "% mini"),
-    ("--split_low 0.6", "split_high"), ("--split_high 2", "<= 1"), ("--lr fast", "invalid float"),
-    ("--rho_min 0.99", "<= rho_max"), ("--clip_low 1", "low < 1"), ("--temperature 0", "steps =="),
-    ("--algo grpo --ablation no_mc", "ablation == 'none'"), ("--algo ppo", "invalid choice"),
-    ("--resume --out @/run", "no checkpoint"), ("--resume --out @/torn", "cannot resume")])
+    ("--minibatches 3", "% mini"), ("--split_low 0.6", "split_high"), ("--split_high 2", "<= 1"),
+    ("--lr fast", "invalid float"), ("--rho_min 0.99", "<= rho_max"), ("--clip_low 1", "low < 1"),
+    ("--temperature 0", "steps == 0"), ("--algo grpo --ablation no_mc", "ablation == 'none'"),
+    ("--algo ppo", "invalid choice"), ("--resume --out @/run", "no checkpoint"),
+    ("--resume --out @/torn", "cannot resume")])
 def test_a_mistake_gets_one_line(files, quick, capsys, arguments, words):
     before = {p: p.read_bytes() for p in files.rglob("*") if p.is_file()}
     arguments = f"--out @/fresh {arguments}".replace("@", str(files))  # the last --out counts
