@@ -557,8 +557,8 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
             logprobs.append(logit - scores.logsumexp(1))
         logprobs = torch.stack(logprobs, 1).tolist()  # [N][drawn]
         staying = []
-        for j, (s, limit) in enumerate(rows):
-            new = tokens[j].tolist()[:limit - len(s.tokens)]
+        for j, ((s, limit), new) in enumerate(zip(rows, tokens.tolist())):
+            new = new[:limit - len(s.tokens)]
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
             new = new[:min(ends, default=None)]
             s.finished = bool(ends)
