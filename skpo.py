@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Subnormal
-from functools import partial
+from functools import lru_cache, partial
 from html.entities import html5
 from pathlib import Path
 from typing import Literal
@@ -668,6 +668,7 @@ NAME = re.compile(r"(?:^|(?<=,))\s*((?:\\?[a-zA-Z]|\\[a-z]+|[A-Z]{2,3})(?:_\w|_\
                   r"(?:\([a-zA-Z]\))?|\([a-z](?:\s*,\s*[a-z])*\))\s*(?:=|\\in(?![a-zA-Z]))")
 UNIT = (r"(?:(?:square|cubic) )?(?:[cmk]m|in|ft|feet|kg|mph|percent|inch(?:es)?|(?:meter|gram|mile|"
         r"unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)")
+DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°")
 TIDY = [
     (r"[.\s]+$", ""), (r"infinity|\\infty(?![a-zA-Z])|∞", " Ω "), ("−", "-"),
     (r"\\begin\{[pb]?matrix\}", "(("), (r"\\\\(?!\s*\\end)", "),("), ("&", ","),
@@ -675,8 +676,7 @@ TIDY = [
     (r"(?<=\d)(?:\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # between thousands, not a space
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])|\\[!,;:> ()]|~", " "),
     (r"\\?[%$]", " "),  # a space, so that \$1\$2 is not 12
-    *3 * [(r"^((?!.*(?:sin|cos|tan|sec|csc|cot)).*?)(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°)",
-           r"\1 degrees")],
+    (r"(?s)^(?!.*(?:sin|cos|tan|sec|csc|cot)).*", lambda m: DEGREES.sub(" degrees", m[0])),
     (r"\\(?:cdot|times)(?![a-zA-Z])", "*"), (r"\\div(?![a-zA-Z])", "/"),
     (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
     (r"\\(?:(?:text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
@@ -698,7 +698,8 @@ PYTHON = [
     (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
     (r"(\d)[eE]([-+]?\d{1,2})(?![\d.])", r"\1*10^(\2)"), (r"(?<=\d)_", " _"),  # no 1_2 for 12
     (r"(?<![\w.)])(?<!!!)(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})"),
-    (r"^\s*\[([^][()]*)\)\s*$", r"([],\1)"), (r"^\s*\(([^][()]*)\]\s*$", r"((),\1)"),  # half open
+    (r"\[([^][()]*)\)", r"([],\1)"), (r"\(([^][()]*)\]", r"((),\1)"),  # half open intervals
+    (r"\\cup(?![a-zA-Z])", "|"),
     *8 * NESTED,
     (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])), (r"\\([{}])", r"\1"),
     (r"(?<=[^\W_]|\))\s*(?=[^\W\d_]|\()", "*"), (r"\^", "**"),
@@ -723,6 +724,7 @@ def is_correct(response, answer):
     return given is not None and normal_form(given) == normal_form(str(answer))
 
 
+@lru_cache(10**4)  # a reference is compared with every response to it
 def normal_form(text):
     """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable."""
     if len(text) > 300:
@@ -754,9 +756,15 @@ def power(left, right):
     return NUMBERS.power(left, right)
 
 
+def union(left, right):
+    """left \\cup right, two tuples of the kind that form gives, in an order of its own."""
+    parts = [x[1:] if x[0] == "union" else (x,) for x in (left, right)]
+    return ("union", *sorted(sum(parts, ()), key=str))
+
+
 OPERATORS = {ast.Add: NUMBERS.add, ast.Sub: NUMBERS.subtract, ast.Mult: NUMBERS.multiply,
-             ast.Div: NUMBERS.divide, ast.Pow: power, ast.UAdd: NUMBERS.add,
-             ast.USub: NUMBERS.subtract}
+             ast.Div: NUMBERS.divide, ast.Pow: power, ast.BitOr: union,
+             ast.UAdd: NUMBERS.add, ast.USub: NUMBERS.subtract}
 
 
 def form(node, text, sign):

@@ -111,9 +111,9 @@ EQUAL = r"""1,000|1000;12{,}345|12345;10\,000|10000;5|5 - -10 - 10;1.5\times 10^
 \frac12|\frac{1}{2};2\frac{1}{2}|5/2;2 1/2|2.5;\frac{-3}{4}|-\frac34;50\%|50;\$1,234.50|1234.5
 45°|45 degrees;\sqrt[3]{27}|3;2^{10}|1024;\pi/2|\frac{\pi}{2};\infty|infinity;f(x)=2x|2x
 (1,2)|( 1, 2 );\left(\frac12, 3\right)|(0.5,3);\{1,2,3\}|\{3,2,1\};1,2|2, 1
-(0,1)\cup(2,3)|(0,1) \cup (2,3);(x+1)^2|x^2+2x+1;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3}
+(0,1)\cup(2,3)|(2,3)\cup(0,1);(x+1)^2|x^2+2x+1;\frac{1}{2}x|x/2;\frac{\sqrt{3}}{3}|\frac{1}{\sqrt3}
 x \in [1,2]|[1,2];\sqrt[3]{-8}|-2;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4};1,234\%|1234
-\theta = 30^\circ|30;\boldsymbol{5}|5;(-∞,3]|(-\infty, 3];x=05|5
+\theta = 30^\circ|30;\boldsymbol{5}|5;(-∞,3]|(-\infty, 3];x=05|5;1°,2°,3°,4°|4,3,2,1
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix};2**3|8
 x=2 \text{ or } x=3|3,2;a_{1}+a_2|a_2+a_1;3\sqrt{2}i|3i\sqrt{2};\$5, \$6|5,6;50^{\circ}\text{C}|50
 \left\{1,2\right\}|\{1, 2\};\text{A}|A;4\pi\text{ cm}^3|4\pi;\frac{5!}{2!3!}|10;x \leq 5|x\le 5"""
@@ -127,7 +127,8 @@ x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\};\{1,2\}|\{1,2,3\};\{1,1\}|\{1,
 5 factorial|5;1450000.5|1450000;x=1,y=2|x=2,y=1;2 dozens|2;2\text{ dozens}|2;\log 2|\ln 2;3!!|720
 \$1\$2|12;5%3|53;5^\circ3|53;no|on;x+y=5|5;xy=5|5;-(1,2)|();-(1,2)|(1,2);2(1,2)|(1,2,1,2)
 10^{100}+10^{-100}|10^{100};|x|/x|1-i;1e-999|0;x<5|x<6;x\le5|x<5;3:4|3/4;3 pm|3 am
-12\text{ mod }5|12;\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}
+3\text{ pm}|3\text{ am};12\text{ mod }5|12
+\begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix}
 (1,2,3,4)|\begin{pmatrix}1&2\\3&4\end{pmatrix};1 1 1/2|3/2;2g|2;5m|5;3\mathrm{i}|3;\{1,2\},3|1,2,3
 \frac123|\frac{1}{23};-2\frac{1}{2}|-1.5;-2^2|4;2^{3^2}|64;1.5.5|7.5;(1,234)|1234;x=1,2|x=1,3
 |x-1||x-1;2^3|8.5;\sqrt[3]{x}|\sqrt{x};1,000|1;\binom{5}{2}|\frac{5}{2};a_{12}|a_1;1_2|12;2!3|23
