@@ -29,7 +29,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Subnormal
 from functools import lru_cache, partial
 from html.entities import html5
@@ -108,8 +108,8 @@ class Sample:
     tokens: list  # ids, EOS included
     logprobs: list  # nats, log pi_old of each token, as it was sampled
     finished: bool  # the last token is an EOS
-    prompt: list = ()  # ids: q for a segment, [s, q] for a response
-    complete: list = ()  # ids to grade and to measure, if more than tokens
+    prompt: list = field(default_factory=list)  # ids: q for a segment, [s, q] for a response
+    complete: list = field(default_factory=list)  # ids to grade and to measure, if more than tokens
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the mean of eq. 5 or 6
     upstream: bool = False  # trained by eq. 6, else by eq. 5
@@ -528,6 +528,8 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     and nothing else; 0 is greedy. max_new_tokens: an int, or one a prompt. -> [P][n] Samples.
     Keys and values of a prompt are computed once; rows that have ended leave the batch; prompts
     take turns where the memory is short."""
+    if not prompts:
+        return []
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     half = len(prompts) // 2
     if half and rows_that_fit(model, max(map(len, prompts)) + max(limits)) < len(prompts) * n:
@@ -848,7 +850,8 @@ def load_model(config):
     or a hub name, whose organisation may be left out. No remote code, no pickle."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.model == "embedded":
-        model, tokenizer = embedded_model(config.seed, 0 if config.resume else 400)
+        warm_up = {"steps": 0} if config.resume else {}  # a checkpoint brings its own weights
+        model, tokenizer = embedded_model(config.seed, **warm_up)
         return model.to(device), tokenizer
     source = config.model
     homes = dict(qwen="Qwen", llama="meta-llama", smollm="HuggingFaceTB", gemma="google")
@@ -969,15 +972,15 @@ def spread(work, *columns):
     world = dist.get_world_size()
     parts = [None] * world
     mine = [column[dist.get_rank()::world] for column in columns]
-    dist.all_gather_object(parts, work(*mine) if len(mine[0]) else [])
+    dist.all_gather_object(parts, work(*mine))
     return [parts[i % world][i // world] for i in range(len(columns[0]))]
 
 
 def my_passes(passes):
     """This process's passes, each with 1.0. All make as many: some repeat the first, with 0.0."""
     world = dist.get_world_size()
-    even = len(passes) + -len(passes) % world
-    for i in tqdm(range(dist.get_rank(), even, world), "updating", **BAR):
+    total = world * math.ceil(len(passes) / world)
+    for i in tqdm(range(dist.get_rank(), total, world), "updating", **BAR):
         yield (passes[i], 1.0) if i < len(passes) else (passes[0], 0.0)
 
 
@@ -1016,9 +1019,12 @@ def check_config(config):
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: wanted is a number from 0 up")
-    for rule in re.split(r";|\n", RULES):
-        if not eval(rule.strip(), {"Path": Path}, vars(config)):
-            raise UserError(f"wrong flags: wanted is {rule.strip()}")
+    for rule in re.split(r"\s*[;\n]\s*", RULES):
+        if not eval(rule, {"Path": Path}, vars(config)):
+            raise UserError(f"wrong flags: wanted is {rule}")
+    for path in [config.data, *config.eval_data.split(",")]:  # before minutes go by for the model
+        if path not in ("", "sums", "arithmetic") and not Path(path).is_file():
+            raise UserError(f"there is no file {path}")
 
 
 def load_data(config, model, tokenizer):
@@ -1037,19 +1043,21 @@ def load_data(config, model, tokenizer):
         longest = max(c.init_length, c.max_new_tokens)
         room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
     room = min(room, c.max_prompt_tokens)
-    sets = {"--data": train, **tests}
+    limit = c.eval_problems or None
+    sets = {"--data": train} | {name: test[:limit] for name, test in tests.items()}
     for name, problems in sets.items():
-        wanted = c.prompts_per_step if name == "--data" and c.steps else 1
-        problems = problems if name == "--data" else problems[:c.eval_problems or None]
+        wanted = c.prompts_per_step if problems is train and c.steps else 1
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
         sets[name] = [p for p in problems if 0 < len(p.ids) <= room]
         if len(sets[name]) < len(problems):
-            print(f"{name}: {len(sets[name])} of {len(problems)} problems are kept: the others are "
-                  f"longer than --max_prompt_tokens, or the model's context, allow ({room} tokens)")
+            dropped = len(problems) - len(sets[name])
+            print(f"{name}: dropped {dropped} of {len(problems)} problems: --max_prompt_tokens and "
+                  f"the model's context leave {room} tokens for a prompt")
         if len(sets[name]) < wanted:
-            raise UserError(f"{name}: too few problems: lower --prompts_per_step, or "
-                            "--max_new_tokens, which leaves more of the context to a prompt")
+            raise UserError(f"{name}: {len(sets[name])} problems are too few: lower "
+                            "--prompts_per_step, or --max_new_tokens, which leaves more of the "
+                            "context to a prompt")
     return sets.pop("--data"), sets
 
 
@@ -1078,7 +1086,7 @@ def load_checkpoint(out, model, optimizer, state):
         weights, moments, trackers, last, state.step, size = saved
         for tracker, (value, count) in zip((state.values, state.lengths), trackers):
             if len(value) != len(tracker.value):
-                raise ValueError(f"it knows {len(value)} problems, not {len(tracker.value)}")
+                raise ValueError(f"it knows {len(value)} problems, --data has {len(tracker.value)}")
             tracker.value[:] = value
             tracker.count[:] = count
         sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,

@@ -69,7 +69,7 @@ def test_the_scripts_own_dependencies_are_the_requirements():
 
 def test_problem_files(tmp_path):
     f = tmp_path / "p.jsonl"
-    good = '{"question": "a", "answer": "#### \\\\boxed{2}"}\n\n{"problem": "b", "answer": 27.0}\n'
+    good = '{"question": "a", "answer": "two\\n#### 2"}\n\n{"problem": "b", "answer": 27.0}\n'
     f.write_text(good)
     assert skpo.load_problems(f) == [Problem("a", "2"), Problem("b", "27.0")]
     for bad in ('{"question": "a", "answer": "#### "}', '{"question": "a", "answer": true}', "\0",
@@ -93,11 +93,11 @@ def test_the_held_out_split_is_the_same_whatever_the_flags(tiny):
     assert split(seed=1, algo="grpo", max_prompt_tokens=9, eval_problems=9) == (train, test[:9])
 
 def test_dropped_problems_are_said_aloud(tiny, tmp_path, capsys):
-    rows = [json.dumps(dict(question=q, answer=3)) for q in ("12", "1" * 30)]
+    rows = [json.dumps(dict(question=q, answer=r"\boxed{3}")) for q in ("12", "1" * 30)]
     (tmp_path / "a").write_text("\n".join(rows))
     _, tests = skpo.load_data(config(eval_data=f"{tmp_path}/a", max_prompt_tokens=20), *tiny)
-    assert [p.question for p in tests[f"{tmp_path}/a"]] == ["12"]
-    assert "1 of 2 problems are kept" in capsys.readouterr().out
+    assert [(p.question, p.answer) for p in tests[f"{tmp_path}/a"]] == [("12", "3")]
+    assert "dropped 1 of 2 problems" in capsys.readouterr().out
 
 # ---- Rewards
 def test_extract_answer():
@@ -233,6 +233,7 @@ def test_greedy_and_without_eos(tiny):
     model, tokenizer = copy.deepcopy(tiny)
     model.generation_config = transformers.GenerationConfig()
     tokenizer.eos_token = None
+    assert skpo.generate(*tiny, [], 3, []) == []
     sample = skpo.generate(model, tokenizer, PROMPTS[:1], 2, 50, temperature=0)[0][1]
     assert len(sample.tokens) == 50 and not sample.finished
     assert plain_logprobs(model, PROMPTS[0], sample.tokens)[0].argmax(-1).tolist() == sample.tokens
@@ -506,11 +507,9 @@ def test_no_skip_continues_the_segment(warm, monkeypatch):
 @pytest.mark.parametrize("init_length, paused", [(10, True), (60, False)])
 def test_no_mc_values_a_segment_by_its_own_outcome(warm, monkeypatch, init_length, paused):
     t = one_step(warm, monkeypatch, ablation="no_mc", init_length=init_length)
-    (_, _, _, drawn), (x, *_), *onward = t.calls
-    assert x == [s + q for q, s in zip(t.q, t.segments)] and len(onward) == paused
-    own = []
-    for continued, n, _, own in onward:
-        assert n == 1 and continued == [q + s for q, s in zip(t.q, t.segments)]
+    (_, _, _, drawn), (x, *_), (onward, n, _, own) = t.calls
+    assert n == 1 and x == [s + q for q, s in zip(t.q, t.segments)]
+    assert onward == [q + s for q, s in zip(t.q, t.segments) if paused]
     whole = [[s + o.tokens] for s, (o,) in zip(t.segments, own)] or [
         next([o.tokens] for o in group if skpo.cut_segment(o).tokens == s)
         for s, group in zip(t.segments, drawn)]
@@ -662,9 +661,9 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
 @pytest.mark.parametrize("arguments, words", [
     ("--model @/none", "no such folder"), ("--resume --out=", "needs --out"),
     ("--model qwen2.5-none", "--model Qwen/qwen2.5-none"), ("--model @/nomodel", "cannot use"),
-    ("--model @/narrow", "or --max_new"), ("--model @/model --data @/none", "No such file"),
-    ("--model @/model --eval_data @/good,@/none", "No such file"), ("--group_sze 4", "--group_sze"),
-    ("--out @/run", "holds a run"), ("--model @/model --data @/few", "--data: too few"),
+    ("--model @/narrow", "or --max_new"), ("--model x --data @/none", "no file"),
+    ("--model x --eval_data @/good,@/none", "no file"), ("--group_sze 4", "--group_sze"),
+    ("--out @/run", "holds a run"), ("--model @/model --data @/few", "--data: 7 problems"),
     ("--model @/model --data @/broken", "line 2: not a JSON"), ("--data @/good", "need a --model"),
     ("--group_size 1", "size >= 2"), ("--prompts_per_step 0", "step > 0"), ("--out @/good", "good"),
     ("--lr nan", "--lr nan: wanted"), ("--lr 0", "lr > 0"), ("--steps -1", "from 0 up"),
@@ -686,7 +685,7 @@ def test_a_run_is_not_resumed_with_other_data(files, folder):
     out = files / "new"
     skpo.main(flags(out, folder, steps=1, eval_every=0, data=files / "good"))
     before = rows_of(out, "step")
-    with pytest.raises(SystemExit, match="it knows 14 problems, not 1792"):
+    with pytest.raises(SystemExit, match="it knows 14 problems, --data has 1792"):
         skpo.main(["--resume", f"--out={out}", "--data=arithmetic", "--steps=2"])
     assert rows_of(out, "step") == before
 
