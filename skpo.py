@@ -26,7 +26,6 @@ import os
 import random
 import re
 import sys
-import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -41,6 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -349,11 +349,11 @@ def update(model, optimizer, samples, config):
     rows = [s for s in samples if s.advantage and part[s.upstream]]
     sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
     each_shard(model, "unshard")
-    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):  # real: 1, else 0
+    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):
         batch = [rows[i] for i in indices]
         logprobs, old, entropy, mask = sample_logprobs(model, batch, c.temperature)  # [N, T]
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
-        weights = mask * logprobs.new_tensor([[s.weight * real] for s in batch])  # [N, T]
+        weights = real * mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
         up = torch.tensor([[s.upstream] for s in batch], device=mask.device)  # [N, 1]
         J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
         J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
@@ -382,9 +382,9 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
     """Step 10: `update` on each mini-batch of prompts; the step's row of metrics.jsonl. groups: B
     lists of Samples, a prompt each; responses [B][G]; rewards [B, G].
     paper silent: the warm-up counts training steps, not optimiser steps."""
-    rollout = time.perf_counter() - log["start"]
-    lr = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
-    optimizer.param_groups[0]["lr"] = lr
+    log["rollout_seconds"] = time.perf_counter() - log["start"]
+    log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
+    optimizer.param_groups[0]["lr"] = log["lr"]
     sums = Counter()
     for part in np.split(np.arange(len(groups)), config.minibatches):
         batch = sum([groups[b] for b in part], [])
@@ -399,12 +399,10 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
         response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
         truncated=np.mean([not o.finished for o in every]),
         grad_norm=sums["grad_norm"] / config.minibatches,
-        lr=lr,
         peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9,
-        rollout_seconds=rollout,
         seconds=time.perf_counter() - log.pop("start"),
     )
-    log["update_seconds"] = log["seconds"] - rollout
+    log["update_seconds"] = log["seconds"] - log["rollout_seconds"]
 
 
 def sample_logprobs(model, samples, temperature):
@@ -471,8 +469,7 @@ def own_outcomes(sample, segments, tokenizer, answers):
     """no_mc: the outcome of one continuation from [q, s], or of the segment that ended by itself
     -> [B]. paper silent: V(q) follows it too; the continuation has the full limit."""
     paused = [s for s in segments if not s.complete]
-    onward = sample([s.prompt + s.tokens for s in paused], 1)  # [P][1]
-    for s, (o,) in zip(paused, onward):
+    for s, (o,) in zip(paused, sample([s.prompt + s.tokens for s in paused], 1)):
         s.complete = s.tokens + o.tokens
     return grade(tokenizer, answers, [[s] for s in segments])[:, 0]
 
@@ -490,7 +487,7 @@ def ablation(config, step):
     }[config.ablation]
 
 
-# ---- 8. Rollouts and log-probs -------------------------------------------------------------------
+# ---- 8. Rollouts, log-probs, evaluation ----------------------------------------------------------
 
 NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
@@ -627,8 +624,6 @@ def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     return [torch.cat(x) for x in zip(*parts)]
 
 
-# ---- 9. Evaluation -------------------------------------------------------------------------------
-
 def evaluate(model, tokenizer, problems, config):
     """k samples of each of P problems, from q alone, without a segment. accuracy: avg@k, the share
     of right ones; pass_at_k: of problems with a right one; majority: maj@k, of problems whose most
@@ -659,7 +654,7 @@ def grade(tokenizer, answers, groups):
     return torch.tensor(rewards, dtype=torch.float64)
 
 
-# ---- 10. Rewards: is the last box right? ---------------------------------------------------------
+# ---- 9. Rewards: is the last box right? ---------------------------------------------------------
 # Answers are equal if their normal forms are. Model output is untrusted: LaTeX becomes Python,
 # which is parsed and never run; a number beyond 10^+-100 is an error, and the text compared.
 
@@ -701,7 +696,8 @@ PYTHON = [
     (r"(\d)[eE]([-+]?\d{1,2})(?![\d.])", r"\1*10^(\2)"), (r"(?<=\d)_", " _"),  # no 1_2 for 12
     (r"(?<![\w.)])(?<!!!)(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})"),
     (r"\[([^][()]*)\)", r"([],\1)"), (r"\(([^][()]*)\]", r"((),\1)"),  # half open intervals
-    (r"\\cup(?![a-zA-Z])", "|"),
+
+    (r"\\cup(?![a-zA-Z])", ",Ш,"),  # a union is a list with a mark
     *8 * NESTED,
     (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])), (r"\\([{}])", r"\1"),
     (r"(?<=[^\W_]|\))\s*(?=[^\W\d_]|\()", "*"), (r"\^", "**"),
@@ -728,7 +724,7 @@ def is_correct(response, answer):
 
 @lru_cache(10**4)  # a reference is compared with every response to it
 def normal_form(text):
-    """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable."""
+    """What equal answers share, hashable: a nested tuple of Decimals, or the text tidied."""
     if len(text) > 300:
         return text
     for pattern, new in TIDY:
@@ -741,12 +737,12 @@ def normal_form(text):
         text = re.sub(pattern, new, text)
     try:
         text = f"[{text.strip()}]"
-        items = ast.parse(text, mode="eval").body.elts
-        whole = items if len(items) == 1 else [ast.Set(items)]  # a bare list has no order
-        forms = [form(ast.List(whole), text, sign)[1] for sign in (1, -1)]  # |x| is not x
+        whole = ast.parse(text, mode="eval").body
+        if len(whole.elts) > 1:  # a bare list has no order
+            whole = ast.Set(whole.elts)
+        return form(whole, text, 1), form(whole, text, -1)  # |x| is not x
     except Exception:  # no expression, or too large
         return "".join(text.split())
-    return forms[0] if forms[0] == forms[1] else ("values", *forms)
 
 
 def power(left, right):
@@ -758,14 +754,9 @@ def power(left, right):
     return NUMBERS.power(left, right)
 
 
-def union(left, right):
-    """left \\cup right, two tuples of the kind that form gives, in an order of its own."""
-    parts = [x[1:] if x[0] == "union" else (x,) for x in (left, right)]
-    return ("union", *sorted(sum(parts, ()), key=str))
-
 
 OPERATORS = {ast.Add: NUMBERS.add, ast.Sub: NUMBERS.subtract, ast.Mult: NUMBERS.multiply,
-             ast.Div: NUMBERS.divide, ast.Pow: power, ast.BitOr: union,
+             ast.Div: NUMBERS.divide, ast.Pow: power,
              ast.UAdd: NUMBERS.add, ast.USub: NUMBERS.subtract}
 
 
@@ -789,7 +780,7 @@ def form(node, text, sign):
     return NUMBERS.create_decimal(ast.get_source_segment(text, node))  # not through a float
 
 
-# ---- 11. Problems, prompts, the model ------------------------------------------------------------
+# ---- 10. Problems, prompts, the model ------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that its maker can mend: shown as one line, without a traceback."""
@@ -923,7 +914,7 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
     return model.eval(), tokenizer
 
 
-# ---- 12. Several processes (torchrun); one process is a group of one -----------------------------
+# ---- 11. Several processes (torchrun); one process is a group of one -----------------------------
 
 def join_processes():
     """torchrun's processes, one a GPU, or several on the CPU; without torchrun a group of this one
@@ -977,14 +968,14 @@ def spread(work, *columns):
 
 
 def my_passes(passes):
-    """This process's passes, each with 1.0. All make as many: some repeat the first, with 0.0."""
+    """This process's passes, each with a 1. All make as many: some repeat the first, with a 0."""
     world = dist.get_world_size()
     total = world * math.ceil(len(passes) / world)
     for i in tqdm(range(dist.get_rank(), total, world), "updating", **BAR):
-        yield (passes[i], 1.0) if i < len(passes) else (passes[0], 0.0)
+        yield passes[i if i < len(passes) else 0], i < len(passes)
 
 
-# ---- 13. The run: log, checkpoint, loop, command line --------------------------------------------
+# ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
 
 def begin(model, tokenizer, config, step):
     """Random numbers that depend on seed and step alone, so that a resumed run needs no others:
@@ -1038,27 +1029,21 @@ def load_data(config, model, tokenizer):
         held = max(1, min(256, len(train) // 8))
         tests["held-out"] = [train[i] for i in order[:held]]
         train = [train[i] for i in sorted(order[held:])]
-    room = getattr(model.config, "max_position_embeddings", math.inf) - c.max_new_tokens
-    if c.algo == "skpo" and c.steps:  # for a segment ahead of the prompt
-        longest = max(c.init_length, c.max_new_tokens)
-        room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
-    room = min(room, c.max_prompt_tokens)
-    limit = c.eval_problems or None
-    sets = {"--data": train} | {name: test[:limit] for name, test in tests.items()}
-    for name, problems in sets.items():
-        wanted = c.prompts_per_step if problems is train and c.steps else 1
+    ahead = c.split_high if c.algo == "skpo" and c.steps else 0.0  # of a response, a segment
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    room = min(c.max_prompt_tokens, context - math.ceil((1 + ahead) * c.max_new_tokens))
+    for name, problems in [("--data", train), *tests.items()]:
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
-        sets[name] = [p for p in problems if 0 < len(p.ids) <= room]
-        if len(sets[name]) < len(problems):
-            dropped = len(problems) - len(sets[name])
-            print(f"{name}: dropped {dropped} of {len(problems)} problems: --max_prompt_tokens and "
-                  f"the model's context leave {room} tokens for a prompt")
-        if len(sets[name]) < wanted:
-            raise UserError(f"{name}: {len(sets[name])} problems are too few: lower "
-                            "--prompts_per_step, or --max_new_tokens, which leaves more of the "
-                            "context to a prompt")
-    return sets.pop("--data"), sets
+        kept = [p for p in problems if 0 < len(p.ids) <= room]
+        if len(kept) < len(problems):
+            print(f"{name}: dropped {len(problems) - len(kept)} of {len(problems)} problems: "
+                  f"--max_prompt_tokens and the model's context leave {room} tokens for a prompt")
+        if len(kept) < (c.prompts_per_step if problems is train and c.steps else 1):
+            raise UserError(f"{name}: {len(kept)} problems are too few: lower --prompts_per_step, "
+                            "or --max_new_tokens, which leaves more of the context to a prompt")
+        problems[:] = kept
+    return train, {name: test[:c.eval_problems or None] for name, test in tests.items()}
 
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1110,7 +1095,8 @@ def set_up(config):
     problems, tests = load_data(c, model, tokenizer)
     shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999), fused=True)
-    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, c.init_length)]
+    length = min(c.init_length, c.max_new_tokens)
+    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, length)]
     state = State(*trackers, {})
     if c.resume:
         load_checkpoint(out, model, optimizer, state)
@@ -1182,10 +1168,8 @@ def parse_config(argv):
     """The command line as a Config. A comment in Config is the flag's help; the embedded model, a
     machine without a GPU and a run that is resumed bring defaults of their own."""
     for name, text in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
-        Config.__dataclass_fields__[name].metadata = {"help": text.replace("%", "%%")}
-    parser = transformers.HfArgumentParser(
-        Config, usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        Config.__dataclass_fields__[name].metadata = {"help": text}
+    parser = transformers.HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
     first = parser.parse_args(argv)
     saved = Path(first.out, "config.json")
     if first.resume and first.out and saved.is_file():
@@ -1206,8 +1190,8 @@ def main(argv=None):
     try:
         train(parse_config(argv))
         dist.destroy_process_group()
-    except (UserError, OSError, json.JSONDecodeError) as error:
-        sys.exit(textwrap.shorten(f"skpo.py: {error}", 400))
+    except (UserError, OSError, SafetensorError, json.JSONDecodeError) as error:
+        sys.exit(f"skpo.py: {' '.join(str(error).split())[:400]}")
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")
     except KeyboardInterrupt:
