@@ -26,6 +26,7 @@ import os
 import random
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -349,11 +350,11 @@ def update(model, optimizer, samples, config):
     rows = [s for s in samples if s.advantage and part[s.upstream]]
     sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
     each_shard(model, "unshard")
-    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):
+    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):  # real: 1, else 0
         batch = [rows[i] for i in indices]
         logprobs, old, entropy, mask = sample_logprobs(model, batch, c.temperature)  # [N, T]
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
-        weights = real * mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
+        weights = mask * logprobs.new_tensor([[s.weight * real] for s in batch])  # [N, T]
         up = torch.tensor([[s.upstream] for s in batch], device=mask.device)  # [N, 1]
         J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
         J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
@@ -469,7 +470,8 @@ def own_outcomes(sample, segments, tokenizer, answers):
     """no_mc: the outcome of one continuation from [q, s], or of the segment that ended by itself
     -> [B]. paper silent: V(q) follows it too; the continuation has the full limit."""
     paused = [s for s in segments if not s.complete]
-    for s, (o,) in zip(paused, sample([s.prompt + s.tokens for s in paused], 1)):
+    onward = sample([s.prompt + s.tokens for s in paused], 1)  # [P][1]
+    for s, (o,) in zip(paused, onward):
         s.complete = s.tokens + o.tokens
     return grade(tokenizer, answers, [[s] for s in segments])[:, 0]
 
@@ -654,7 +656,7 @@ def grade(tokenizer, answers, groups):
     return torch.tensor(rewards, dtype=torch.float64)
 
 
-# ---- 9. Rewards: is the last box right? ---------------------------------------------------------
+# ---- 9. Rewards: is the last box right? ----------------------------------------------------------
 # Answers are equal if their normal forms are. Model output is untrusted: LaTeX becomes Python,
 # which is parsed and never run; a number beyond 10^+-100 is an error, and the text compared.
 
@@ -696,8 +698,7 @@ PYTHON = [
     (r"(\d)[eE]([-+]?\d{1,2})(?![\d.])", r"\1*10^(\2)"), (r"(?<=\d)_", " _"),  # no 1_2 for 12
     (r"(?<![\w.)])(?<!!!)(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})"),
     (r"\[([^][()]*)\)", r"([],\1)"), (r"\(([^][()]*)\]", r"((),\1)"),  # half open intervals
-
-    (r"\\cup(?![a-zA-Z])", ",Ш,"),  # a union is a list with a mark
+    (r"\\cup(?![a-zA-Z])", "|"),
     *8 * NESTED,
     (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])), (r"\\([{}])", r"\1"),
     (r"(?<=[^\W_]|\))\s*(?=[^\W\d_]|\()", "*"), (r"\^", "**"),
@@ -724,7 +725,7 @@ def is_correct(response, answer):
 
 @lru_cache(10**4)  # a reference is compared with every response to it
 def normal_form(text):
-    """What equal answers share, hashable: a nested tuple of Decimals, or the text tidied."""
+    """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable."""
     if len(text) > 300:
         return text
     for pattern, new in TIDY:
@@ -737,12 +738,12 @@ def normal_form(text):
         text = re.sub(pattern, new, text)
     try:
         text = f"[{text.strip()}]"
-        whole = ast.parse(text, mode="eval").body
-        if len(whole.elts) > 1:  # a bare list has no order
-            whole = ast.Set(whole.elts)
-        return form(whole, text, 1), form(whole, text, -1)  # |x| is not x
+        items = ast.parse(text, mode="eval").body.elts
+        whole = items if len(items) == 1 else [ast.Set(items)]  # a bare list has no order
+        forms = [form(ast.List(whole), text, sign)[1] for sign in (1, -1)]  # |x| is not x
     except Exception:  # no expression, or too large
         return "".join(text.split())
+    return forms[0] if forms[0] == forms[1] else ("values", *forms)
 
 
 def power(left, right):
@@ -754,9 +755,14 @@ def power(left, right):
     return NUMBERS.power(left, right)
 
 
+def union(left, right):
+    """left \\cup right, two tuples of the kind that form gives, in an order of its own."""
+    parts = [x[1:] if x[0] == "union" else (x,) for x in (left, right)]
+    return ("union", *sorted(sum(parts, ()), key=str))
+
 
 OPERATORS = {ast.Add: NUMBERS.add, ast.Sub: NUMBERS.subtract, ast.Mult: NUMBERS.multiply,
-             ast.Div: NUMBERS.divide, ast.Pow: power,
+             ast.Div: NUMBERS.divide, ast.Pow: power, ast.BitOr: union,
              ast.UAdd: NUMBERS.add, ast.USub: NUMBERS.subtract}
 
 
@@ -968,11 +974,11 @@ def spread(work, *columns):
 
 
 def my_passes(passes):
-    """This process's passes, each with a 1. All make as many: some repeat the first, with a 0."""
+    """This process's passes, each with 1.0. All make as many: some repeat the first, with 0.0."""
     world = dist.get_world_size()
     total = world * math.ceil(len(passes) / world)
     for i in tqdm(range(dist.get_rank(), total, world), "updating", **BAR):
-        yield passes[i if i < len(passes) else 0], i < len(passes)
+        yield (passes[i], 1.0) if i < len(passes) else (passes[0], 0.0)
 
 
 # ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
@@ -1029,9 +1035,13 @@ def load_data(config, model, tokenizer):
         held = max(1, min(256, len(train) // 8))
         tests["held-out"] = [train[i] for i in order[:held]]
         train = [train[i] for i in sorted(order[held:])]
-    ahead = c.split_high if c.algo == "skpo" and c.steps else 0.0  # of a response, a segment
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    room = min(c.max_prompt_tokens, context - math.ceil((1 + ahead) * c.max_new_tokens))
+    limit = c.eval_problems or None
+    tests = {name: test[:limit] for name, test in tests.items()}
+    room = getattr(model.config, "max_position_embeddings", math.inf) - c.max_new_tokens
+    if c.algo == "skpo" and c.steps:  # for a segment ahead of the prompt
+        longest = max(c.init_length, c.max_new_tokens)
+        room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
+    room = min(room, c.max_prompt_tokens)
     for name, problems in [("--data", train), *tests.items()]:
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
@@ -1039,11 +1049,12 @@ def load_data(config, model, tokenizer):
         if len(kept) < len(problems):
             print(f"{name}: dropped {len(problems) - len(kept)} of {len(problems)} problems: "
                   f"--max_prompt_tokens and the model's context leave {room} tokens for a prompt")
-        if len(kept) < (c.prompts_per_step if problems is train and c.steps else 1):
+        wanted = c.prompts_per_step if problems is train and c.steps else 1
+        if len(kept) < wanted:
             raise UserError(f"{name}: {len(kept)} problems are too few: lower --prompts_per_step, "
                             "or --max_new_tokens, which leaves more of the context to a prompt")
         problems[:] = kept
-    return train, {name: test[:c.eval_problems or None] for name, test in tests.items()}
+    return train, tests
 
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1095,8 +1106,7 @@ def set_up(config):
     problems, tests = load_data(c, model, tokenizer)
     shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999), fused=True)
-    length = min(c.init_length, c.max_new_tokens)
-    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, length)]
+    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, c.init_length)]
     state = State(*trackers, {})
     if c.resume:
         load_checkpoint(out, model, optimizer, state)
@@ -1168,8 +1178,10 @@ def parse_config(argv):
     """The command line as a Config. A comment in Config is the flag's help; the embedded model, a
     machine without a GPU and a run that is resumed bring defaults of their own."""
     for name, text in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
-        Config.__dataclass_fields__[name].metadata = {"help": text}
-    parser = transformers.HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
+        Config.__dataclass_fields__[name].metadata = {"help": text.replace("%", "%%")}
+    parser = transformers.HfArgumentParser(
+        Config, usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     first = parser.parse_args(argv)
     saved = Path(first.out, "config.json")
     if first.resume and first.out and saved.is_file():
@@ -1191,7 +1203,7 @@ def main(argv=None):
         train(parse_config(argv))
         dist.destroy_process_group()
     except (UserError, OSError, SafetensorError, json.JSONDecodeError) as error:
-        sys.exit(f"skpo.py: {' '.join(str(error).split())[:400]}")
+        sys.exit(textwrap.shorten(f"skpo.py: {error}", 400))
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")
     except KeyboardInterrupt:
