@@ -9,16 +9,14 @@
     python skpo.py --model Qwen2.5-0.5B --data train.jsonl --eval_data test.jsonl
     torchrun --standalone --nproc_per_node 8 skpo.py ...  # several GPUs
 
-GRPO gives every token of a response the same credit; to value every prefix by sampling from it
-takes hundreds of samples each before even the signs are right. SKPO values ONE prefix a prompt: a
-segment s of reasoning, put AHEAD of the prompt, [s, q]. The mean reward of the G responses from
-there is its Monte Carlo value. They are trained on their advantage within the group, s on its value
-minus a running value of the prompt (SPO: Xu & Ding, arXiv 2509.13232). `training_step` has it in 11
-steps. The paper writes both phases as one pass over a KV cache; here they are two rollouts, each
-sharing its prompts' cache. `paper silent` marks a choice that it leaves open.
+To value every prefix of a response by sampling from it takes hundreds of samples each. SKPO values
+ONE prefix a prompt: a segment s of reasoning, put AHEAD of the prompt, [s, q]. The mean reward of
+the G responses from there is its Monte Carlo value. They are trained on their advantage within the
+group, s on its value minus a running value of the prompt (SPO: Xu & Ding, arXiv 2509.13232).
+`training_step` has it in 11 steps; `paper silent` marks a choice that the paper leaves open. Its
+one pass over a KV cache is two rollouts here, each sharing its prompts' cache.
 """
 import argparse
-import ast
 import inspect
 import json
 import math
@@ -26,7 +24,6 @@ import os
 import random
 import re
 import sys
-import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -41,20 +38,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-
 # ---- 1. Config: Appendix C -----------------------------------------------------------------------
 
 @dataclass
 class Config:
-    """Every knob, with the paper's value (Appendix C). The comment beside it is its --help."""
+    """Every knob, with the paper's value. The comment beside it is its --help."""
     Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
     model: str = "embedded"  # transformers folder or hub name; "embedded": a tiny one, built here
     data: str = ""  # JSON lines to train on, or "sums", "arithmetic"; "": built-in problems
@@ -85,23 +81,21 @@ class Config:
     tau: float = 8.0  # trackers: the divergence that halves the memory, nats
     explore_eps: float = 0.05  # added to the weight with which a prompt is drawn
     template: Literal["auto", "none"] = "auto"  # auto: ask for a box, in the chat template if any
-    micro_tokens: int = 0  # tokens in a training pass; 0: 4096 on a GPU, 1024 on a CPU
+    micro_tokens: int = 4096  # tokens in a training pass: fewer take less memory
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on a GPU
     seed: int = 0  # the same seed gives the same numbers on the same machine, if it is a CPU
     eval_every: int = 50  # steps between evaluations, one before the first step too; 0: none
     eval_samples: int = 4  # k of avg@k, pass@k and maj@k: samples of each evaluation problem
     eval_problems: int = 0  # at most so many of each evaluation set; 0: all
-    save_every: int = 50  # steps between checkpoints; 0: none
+    save_every: int = 50  # steps between checkpoints, one after the last step too; 0: that alone
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
-
-# Defaults of the embedded model, and of any other one without a GPU. SMALL leaves the upstream loss
-# out: in a run so small it is mostly noise (README, noise.py).
-EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10)
+# Defaults of the embedded model, and of any other one without a GPU (w_up: README, noise.py)
+EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10,
+                micro_tokens=1024)
 SMALL = dict(steps=20, prompts_per_step=8, minibatches=2, group_size=4, max_new_tokens=128,
-             lr=1e-5, w_up=0.0, init_length=64, eval_every=10, eval_samples=1, eval_problems=16,
-             save_every=10)
-
+             lr=1e-5, w_up=0.0, init_length=64, micro_tokens=1024, eval_every=10, eval_samples=1,
+             eval_problems=16, save_every=10)
 
 @dataclass
 class Sample:
@@ -110,11 +104,12 @@ class Sample:
     logprobs: list  # nats, log pi_old of each token, as it was sampled
     finished: bool  # the last token is an EOS
     prompt: list = field(default_factory=list)  # ids: q for a segment, [s, q] for a response
-    complete: list = field(default_factory=list)  # ids to grade and to measure, if more than tokens
+    complete: list = field(default_factory=list)  # ids to grade and measure, if more than tokens
+    text: str = ""  # of those ids, once graded
+    limit: int = 0  # of its tokens
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the mean of eq. 5 or 6
     upstream: bool = False  # trained by eq. 6, else by eq. 5
-
 
 # ---- 2. Upstream (Section 3.1): split, cut, select; the skip connection --------------------------
 
@@ -122,7 +117,6 @@ def split_position(length, rng, low=1 / 6, high=1 / 2):
     """Where an upstream segment pauses: t_q ~ Uniform[low * L_q, high * L_q] (eq. 2).
     length: L_q, tokens; rng: NumPy's or random's -> int, tokens, at least 1."""
     return max(1, round(rng.uniform(low * length, high * length)))
-
 
 def cut_segment(sample):
     """A segment that ended before its pause is cut to half of its length (Section 3.1).
@@ -133,16 +127,13 @@ def cut_segment(sample):
     return replace(sample, tokens=sample.tokens[:half], logprobs=sample.logprobs[:half],
                    finished=False, complete=sample.tokens)
 
-
 def select_segment(logprobs, target=np.median):
     """The segment of median surprise (Section 3.1): d(s) = mean_t -log pi(s_t | q, s_<t).
-    logprobs: G lists of nats -> index of the d nearest to the median, the first on a tie. target:
-    what to be nearest to; an ablation puts np.min (likeliest) or np.max."""
+    logprobs: G lists of nats -> index of the d nearest to target(d), the first on a tie."""
     d = [-np.mean(segment) for segment in logprobs]  # [G], nats a token
     gap = np.abs(d - target(d))
     nearest = gap <= gap.min() + 1e-9  # with an even G the two middle ones tie, but for rounding
     return int(nearest.argmax())  # the first
-
 
 def skip_prompt(segment, prompt, bos_token_id=None):
     """The skip connection (Section 3.1): [s, q], the segment FIRST, then the whole prompt; lists
@@ -150,14 +141,12 @@ def skip_prompt(segment, prompt, bos_token_id=None):
     bos = 1 if prompt[:1] == [bos_token_id] else 0
     return prompt[:bos] + segment + prompt[bos:]
 
-
 # ---- 3. Values and trackers (Sections 3.1, 3.2; SPO); the choice of prompts ----------------------
 
 def monte_carlo_value(rewards):
     """R_I(s, a) = mean_i R_II(o_i, a) (eq. 3): the value of a segment from the rewards of the
     responses that follow it, at no further cost. [B, G] of +-1 -> [B] in [-1, 1]."""
     return torch.as_tensor(rewards).double().mean(-1)
-
 
 class Tracker:
     """A running mean per prompt, one for V(q) in [-1, 1], one for L_q in tokens (SPO eq. 5-7):
@@ -173,15 +162,13 @@ class Tracker:
 
     def update(self, indices, observations, divergences):
         """indices [B], distinct; observations [B]; divergences [B]: D since the last visit, nats.
-        With the paper's tau of 8 nats rho is rho_max at nearly every visit: the memory is all but
-        constant, 1 / (1 - 0.96) = 25 observations long."""
+        With tau = 8 nats rho is rho_max at nearly every visit: a memory of 25 observations."""
         D = np.asarray(divergences, float)
         rho = np.clip(2.0 ** (-D / self.tau), self.rho_min, self.rho_max)
         N = rho * self.count[indices] + 1
         error = np.asarray(observations, float) - self.value[indices]
         self.value[indices] += error / N  # the first observation replaces the initial value
         self.count[indices] = N
-
 
 def choose_prompts(values, n, rng, eps=0.05):
     """n distinct prompts, those of middling value most often: weight sqrt(v (1 - v)) + eps with
@@ -190,7 +177,6 @@ def choose_prompts(values, n, rng, eps=0.05):
     weight = np.sqrt(variance) + eps
     p = weight / weight.sum()
     return rng.choice(len(values), n, replace=False, p=p)
-
 
 # ---- 4. Advantages and losses (Section 3.2) ------------------------------------------------------
 
@@ -203,32 +189,29 @@ def group_advantages(rewards):
     equal = std < 1e-9  # but for rounding
     return torch.where(equal, 0.0, (R - mean) / std)
 
-
 def upstream_advantages(values, baselines):
     """Upstream: A = R_I - V(q), normalised over the batch (SPO). [B], [B] in [-1, 1] -> [B]."""
     A = torch.as_tensor(values).double() - torch.as_tensor(baselines)
     return group_advantages(A)  # here the group is the batch
-
 
 def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.28):
     """J_down (eq. 5): -sum w sg(clip(r, 1 - low, 1 + high)) A log pi(o_t | [s, q], o_<t). The
     clipped ratio r = pi / pi_old is a constant: every token keeps a gradient. logprobs,
     old_logprobs (nats), weights [N, T], advantages [N] -> scalar. weights: 1 / (tokens of the
     prompt's G responses * prompts), 0 where padded, so that any cut into passes sums alike."""
+    A = advantages[:, None]  # [N, 1]
     ratio = (logprobs.detach() - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -(weights * clipped * advantages[:, None] * logprobs).sum()
-
+    return -(weights * clipped * A * logprobs).sum()
 
 def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.2):
     """J_up (eq. 6): -sum w min(r A, clip(r, 1 - low, 1 + high) A), PPO's: a token clipped in its
     advantage's direction loses its gradient. Shapes as in downstream_loss; weights: 1 / (tokens of
     the segment * prompts). paper silent: no Clip-Higher, Appendix C names it downstream."""
+    A = advantages[:, None]  # [N, 1]
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    A = advantages[:, None]  # [N, 1]
     return -(weights * torch.minimum(ratio * A, clipped * A)).sum()
-
 
 # ---- 5. The training step: Section 3, in its order -----------------------------------------------
 
@@ -240,14 +223,12 @@ class State:
     last: dict  # prompt index -> the segment kept at its last visit
     step: int = 0
 
-
 def skip_responses(sample, segments, tokenizer, config):
     """Steps 4 and 5: G complete responses from [s, q]. segments: B Samples -> [B][G] Samples.
     paper silent: each gets the full limit after [s, q], and L_q is measured without s."""
     bos = next(iter(tokenizer("")["input_ids"]), None)  # what opens every text, if anything does
     x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [B] token ids
     return sample(x, config.group_size)
-
 
 def training_step(model, tokenizer, optimizer, problems, state, config, split=split_position,
                   select=select_segment, respond=skip_responses, outcomes=None):
@@ -258,13 +239,14 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
 
     # 1. Choose B distinct prompts. V is read here: step 8 wants the value from before step 11.
     chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
-    q = [problems[i].ids for i in chosen]  # [B] token ids
+    q = [problems[i] for i in chosen]  # [B] Problems
     V = state.values.value[chosen]  # [B]
 
     # 2. Upstream, phase I: G segments a prompt, each paused at t_q (eq. 2), or cut to half.
     L_q = state.lengths.value[chosen]  # [B], tokens
     t_q = [split(L, rng, c.split_low, c.split_high) for L in L_q]  # [B], tokens
-    drawn = sample(q, c.group_size, np.minimum(t_q, c.max_new_tokens))  # [B][G]
+    t_q = np.minimum(t_q, c.max_new_tokens)
+    drawn = sample([p.ids for p in q], c.group_size, t_q)  # [B][G]
 
     # 3. Select the segment of median surprise, drop the others.
     segments = []  # [B]
@@ -277,11 +259,10 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     responses = respond(sample, segments, tokenizer, c)  # [B][G]
 
     # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
-    answers = [problems[i].answer for i in chosen]
-    R_II = grade(tokenizer, answers, responses)  # [B, G] of +-1
+    R_II = grade(tokenizer, q, responses)  # [B, G] of +-1
     R_I = monte_carlo_value(R_II)  # [B]
     if outcomes:
-        R_I = outcomes(sample, segments, tokenizer, answers)
+        R_I = outcomes(sample, segments, tokenizer, q)  # [B]
 
     # 7. and 8. Advantages.
     A_II = group_advantages(R_II)  # [B, G]
@@ -290,18 +271,19 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
     # paper silent: eq. 5 is read as written, a mean over the tokens of a group; Appendix C's
     # "tokens contribute equally" could be one over the tokens of the mini-batch. EOS counts.
-    per_batch = c.prompts_per_step // c.minibatches  # prompts in a mini-batch
-    for s, group, A_s, A_group in zip(segments, responses, A_I.tolist(), A_II.tolist()):
+    prompts = c.prompts_per_step // c.minibatches  # of a mini-batch
+    for s, A in zip(segments, A_I.tolist()):
         s.upstream = True
-        s.advantage = A_s
-        s.weight = 1 / (len(s.tokens) * per_batch)  # eq. 6
+        s.advantage = A
+        s.weight = 1 / (len(s.tokens) * prompts)  # eq. 6
+    for group, A_group in zip(responses, A_II.tolist()):
         tokens = sum(len(o.tokens) for o in group)
         for o, A in zip(group, A_group):
             o.advantage = A
-            o.weight = 1 / (tokens * per_batch)  # eq. 5
+            o.weight = 1 / (tokens * prompts)  # eq. 5
 
     # How far pi has moved since it last saw q, for step 11; step 10 moves it again.
-    before = [state.last.get(i, s) for i, s in zip(chosen.tolist(), segments)]  # first visit: s
+    before = [state.last.get(i, s) for i, s in zip(chosen, segments)]  # first visit: s
     drift = policy_drift(model, before, c)  # [B], nats
 
     # 10. One optimiser step a mini-batch.
@@ -321,98 +303,92 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     log["segment_tokens"] = np.mean([len(s.tokens) for s in segments])
     return log
 
-
+@torch.no_grad()
 def policy_drift(model, segments, config):
     """D: how far pi moved since it last acted on each prompt, the mean over the tokens of the
     segment kept then of |log pi_then - log pi_now|. B Samples -> [B] nats. paper silent: after
     SPO's code, but on s alone (SPO: the whole response) and before the update (SPO: after it)."""
-    @torch.no_grad()
-    def moved(mine):
-        D = np.zeros(len(mine))
-        for rows in micro_batches(mine, config.micro_tokens):
-            batch = [mine[i] for i in rows]
-            now, then, _, mask = sample_logprobs(model, batch, config.temperature)  # [N, T]
-            D[rows] = ((then - now).abs().sum(1) / mask.sum(1)).cpu()
-        return D.tolist()
-    return spread(moved, segments)
-
+    D = torch.zeros(len(segments), device=model.device)
+    for rows, now, then, _, mask in my_passes(model, segments, config):
+        moved = (now - then).abs() * mask  # [N, T]
+        D[rows] += moved.sum(1) / mask.sum(1).clamp(1)
+    dist.all_reduce(D)
+    return D.cpu().numpy()
 
 # ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
 
+def learn(model, optimizer, groups, responses, rewards, config, log):
+    """Step 10: `update` on each mini-batch, and the step's row of metrics.jsonl. groups: B lists of
+    Samples, a prompt each; responses [B][G]; rewards [B, G].
+    paper silent: the warm-up counts training steps, not optimiser steps."""
+    sampled = time.perf_counter()
+    log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
+    optimizer.param_groups[0]["lr"] = log["lr"]
+    size = len(groups) // config.minibatches
+    sums = Counter()
+    for b in range(0, len(groups), size):
+        sums.update(update(model, optimizer, sum(groups[b:b + size], []), config))
+    for name in ("clip_fraction", "ratio", "entropy"):
+        log[name] = sums[name] / sums["tokens"] if sums["tokens"] else None  # nothing to train on
+    every = sum(responses, [])
+    end = time.perf_counter()
+    log.update(
+        reward=rewards.mean(), accuracy=(rewards > 0).mean(),
+        zero_advantage=(rewards.std(1) == 0).mean(),
+        response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
+        truncated=np.mean([not o.finished for o in every]),
+        grad_norm=sums["grad_norm"] / config.minibatches,
+        rollout_seconds=sampled - log["start"], update_seconds=end - sampled,
+        seconds=end - log.pop("start"), peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
+
 def update(model, optimizer, samples, config):
-    """One optimiser step on the loss of a mini-batch of Samples (eq. 4). What has no advantage has
-    no gradient and is not run; the weights have counted it. paper silent: with no advantage at all
-    no step is taken, for AdamW's moments and decay would move the weights.
-    Returns sums over the tokens run, and the norm of the gradient before it is clipped."""
-    join_processes()
+    """One optimiser step on a mini-batch of Samples. What has no advantage has no gradient and is
+    not run. paper silent: with no advantage at all no step is taken, for AdamW's moments and decay
+    would move the weights. Returns sums over the tokens run, and the gradient's unclipped norm."""
     c = config
-    part = {True: c.w_up, False: c.w_down}
-    rows = [s for s in samples if s.advantage and part[s.upstream]]
+    samples = [s for s in samples if s.advantage and (c.w_up if s.upstream else c.w_down)]
+    if not samples:
+        return Counter()
     sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
-    each_shard(model, "unshard")
-    for indices, real in my_passes(micro_batches(rows, c.micro_tokens)):  # real: 1, else 0
-        batch = [rows[i] for i in indices]
-        logprobs, old, entropy, mask = sample_logprobs(model, batch, c.temperature)  # [N, T]
+    for rows, logprobs, old, entropy, mask in my_passes(model, samples, c):  # [N, T] each
+        batch = [samples[i] for i in rows]
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
-        weights = mask * logprobs.new_tensor([[s.weight * real] for s in batch])  # [N, T]
+        weights = mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
         up = torch.tensor([[s.upstream] for s in batch], device=mask.device)  # [N, 1]
         J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
         J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
         loss = c.w_up * J_up + c.w_down * J_down  # eq. 4
         loss.backward()
-
         ratio = (logprobs.detach() - old).exp()  # [N, T]
         high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
         clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)
-        terms = torch.stack([mask, ratio * mask, clipped * mask, entropy])  # [4, N, T]
-        sums += real * terms.sum((1, 2))
+        terms = mask * torch.stack([mask, ratio, clipped, entropy])  # [4, N, T]
+        sums += terms.sum((1, 2))
     dist.all_reduce(sums)
-    log = dict(zip(("tokens", "ratio", "clip_fraction", "entropy"), sums.tolist()), grad_norm=0.0)
-    if rows:
-        shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
-        log["grad_norm"] = torch.nn.utils.clip_grad_norm_(shards, c.max_grad_norm).item()
-        if not math.isfinite(log["grad_norm"]):
-            raise UserError("the gradient is not a finite number: --resume with a lower --lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        each_shard(model, "reshard")
-    return log
+    shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
+    norm = torch.nn.utils.clip_grad_norm_(shards, c.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise UserError("the gradient is not a finite number: --resume with a lower --lr")
+    optimizer.step()
+    optimizer.zero_grad()
+    renew_weights(model)
+    names = ("tokens", "ratio", "clip_fraction", "entropy", "grad_norm")
+    return dict(zip(names, [*sums.tolist(), norm]))
 
-
-def learn(model, optimizer, groups, responses, rewards, config, log):
-    """Step 10: `update` on each mini-batch of prompts; the step's row of metrics.jsonl. groups: B
-    lists of Samples, a prompt each; responses [B][G]; rewards [B, G].
-    paper silent: the warm-up counts training steps, not optimiser steps."""
-    log["rollout_seconds"] = time.perf_counter() - log["start"]
-    log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
-    optimizer.param_groups[0]["lr"] = log["lr"]
-    sums = Counter()
-    for part in np.split(np.arange(len(groups)), config.minibatches):
-        batch = sum([groups[b] for b in part], [])
-        sums.update(update(model, optimizer, batch, config))
-    for name in ("clip_fraction", "ratio", "entropy"):
-        log[name] = sums[name] / sums["tokens"] if sums["tokens"] else None  # nothing to train on
-    every = sum(responses, [])
-    log.update(
-        reward=rewards.mean().item(),
-        accuracy=(rewards > 0).double().mean().item(),
-        zero_advantage=(rewards == rewards[:, :1]).all(1).double().mean().item(),
-        response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
-        truncated=np.mean([not o.finished for o in every]),
-        grad_norm=sums["grad_norm"] / config.minibatches,
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9,
-        seconds=time.perf_counter() - log.pop("start"),
-    )
-    log["update_seconds"] = log["seconds"] - log["rollout_seconds"]
-
-
-def sample_logprobs(model, samples, temperature):
-    """Of N Samples, [N, T]: log pi now (with gradients) and as sampled, entropy, nats; the mask."""
-    logprobs, entropy, mask = response_logprobs(
-        model, [s.prompt for s in samples], [s.tokens for s in samples], temperature)
-    old, _ = pad([s.logprobs for s in samples], model.device, dtype=torch.float32)
-    return logprobs, old, entropy, mask
-
+def my_passes(model, samples, config):
+    """This process's passes over N Samples: yields indices of n, log pi now and as sampled, entropy
+    (nats, [n, T]), mask. All make as many, for FSDP: some repeat one, with an empty mask."""
+    passes = micro_batches(samples, config.micro_tokens)
+    world = dist.get_world_size()
+    total = world * math.ceil(len(passes) / world)
+    for i in tqdm(range(dist.get_rank(), total, world), "training passes", **BAR):
+        rows = passes[i % len(passes)]
+        batch = [samples[j] for j in rows]
+        now, entropy, mask = response_logprobs(
+            model, [s.prompt for s in batch], [s.tokens for s in batch], config.temperature)
+        then = now.new_tensor(sum([s.logprobs for s in batch], []))  # [sum of lengths]
+        then = torch.zeros_like(now).masked_scatter(mask, then)  # [n, T]
+        yield rows, now, then, entropy, mask & (i < len(passes))
 
 def micro_batches(samples, limit):
     """Cuts N Samples into passes of at most `limit` tokens, padding counted, and a prompt that rows
@@ -424,14 +400,13 @@ def micro_batches(samples, limit):
     for i in sorted(range(len(samples)), key=order):
         rows = passes[-1] + [i] if passes else [i]
         prompts = {tuple(samples[j].prompt) for j in rows}
-        tokens = len(rows) * max(len(samples[j].tokens) for j in rows)
-        tokens += len(prompts) * max(map(len, prompts))
-        if passes and tokens <= (limit or PASS_TOKENS):
+        padded = len(prompts) * max(map(len, prompts))
+        padded += len(rows) * max(len(samples[j].tokens) for j in rows)
+        if passes and padded <= limit:
             passes[-1] = rows
         else:
             passes.append([i])
     return passes
-
 
 # ---- 7. The baseline, and the ablations of Table 2 -----------------------------------------------
 
@@ -442,18 +417,17 @@ def grpo_step(model, tokenizer, optimizer, problems, state, config):
     c = config
     rng, sample, log = begin(model, tokenizer, c, state.step)
     chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
-    responses = sample([problems[i].ids for i in chosen], c.group_size)  # [B][G]
-    R = grade(tokenizer, [problems[i].answer for i in chosen], responses)  # [B, G]
+    q = [problems[i] for i in chosen]  # [B] Problems
+    responses = sample([p.ids for p in q], c.group_size)  # [B][G]
+    R = grade(tokenizer, q, responses)  # [B, G]
     rows = c.prompts_per_step // c.minibatches * c.group_size
-    for group, A_group in zip(responses, group_advantages(R).tolist()):
-        for o, A in zip(group, A_group):
-            o.upstream = True  # the form of eq. 6
-            o.advantage = A
-            o.weight = 1 / (len(o.tokens) * rows)
+    for o, A in zip(sum(responses, []), group_advantages(R).flatten().tolist()):
+        o.upstream = True  # the form of eq. 6
+        o.advantage = A
+        o.weight = 1 / (len(o.tokens) * rows)
     learn(model, optimizer, responses, responses, R, replace(c, w_up=1.0), log)
     state.values.update(chosen, R.mean(1), np.zeros(len(chosen)))
     return log
-
 
 def continued_responses(sample, segments, tokenizer, config):
     """no_skip: G responses go on from [q, s]. paper silent: s + o is graded and measured, and kept
@@ -465,21 +439,19 @@ def continued_responses(sample, segments, tokenizer, config):
             o.complete = s.tokens + o.tokens
     return responses
 
-
-def own_outcomes(sample, segments, tokenizer, answers):
+def own_outcomes(sample, segments, tokenizer, problems):
     """no_mc: the outcome of one continuation from [q, s], or of the segment that ended by itself
     -> [B]. paper silent: V(q) follows it too; the continuation has the full limit."""
     paused = [s for s in segments if not s.complete]
     onward = sample([s.prompt + s.tokens for s in paused], 1)  # [P][1]
     for s, (o,) in zip(paused, onward):
         s.complete = s.tokens + o.tokens
-    return grade(tokenizer, answers, [[s] for s in segments])[:, 0]
-
+    return torch.tensor(grade(tokenizer, problems, [[s] for s in segments])[:, 0])
 
 def ablation(config, step):
     """What `training_step` takes in place of the paper's pieces."""
     end = [config.split_low, config.split_high][step % 2]
-    extreme = [np.min, np.max][step % 2]
+    extreme = [np.min, np.max][step % 2]  # the likeliest, the least likely
     return {
         "none": {},
         "no_skip": dict(respond=continued_responses),
@@ -488,130 +460,114 @@ def ablation(config, step):
         "extreme_selection": dict(select=partial(select_segment, target=extreme)),
     }[config.ablation]
 
-
 # ---- 8. Rollouts, log-probs, evaluation ----------------------------------------------------------
 
 NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
 BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: if a terminal
 CHUNK = 16  # tokens sampled between two looks at which rows have ended
-PASS_TOKENS = 4096 if torch.cuda.is_available() else 1024  # a CPU is as fast with small passes
 
+def pad(rows, device, side="right"):
+    """Lists of ids -> [N, T], T at least 2; -1 where padded, for a pad id may be an EOS id."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in [*rows, [-1, -1]]]
+    return pad_sequence(rows, True, -1, side)[:-1].to(device)
 
-def pad(rows, device, side="right", dtype=torch.long):
-    """Lists -> (values [N, T], mask [N, T] of bool), T at least 2. The mask is of lengths, never of
-    values: a pad id may be an EOS id."""
-    rows = [torch.tensor(row, dtype=dtype) for row in rows] + [torch.zeros(2, dtype=dtype)]
-    values = pad_sequence(rows, True, padding_side=side)[:-1]
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side=side)[:-1]
-    return values.to(device), mask.to(device, torch.bool)
-
-
-def prefill(model, prompts):
-    """P prompts (lists of ids), padded at the left: (cache, ids [P, S], mask [P, S]); the cache has
-    the keys and values of all but the last token. With gradients on it carries them: in training
-    too one forward pass of a prompt serves all the rows that follow it."""
-    ids, mask = pad(prompts, model.device, "left")
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(0)
-    model.base_model(ids[:, :-1], attention_mask=mask[:, :-1].long(), use_cache=True,
-                     position_ids=positions[:, :-1], **{CACHE: cache})
+def forward(model, ids, cache):
+    """Runs what the cache lacks of ids [N, S + T], -1 where padded: hidden states [N, T, D]. The
+    cache takes up the keys and values, and with gradients on it carries them."""
+    seen = ids >= 0
+    positions = (seen.cumsum(1) - 1).clamp(0)
+    new = slice(cache.get_seq_length(), None)
+    out = model.base_model(ids[:, new].clamp(0), attention_mask=seen.long(), use_cache=True,
+                           position_ids=positions[:, new], **{CACHE: cache})
     if cache.get_seq_length() == 0:  # gradient checkpointing in train() mode drops it silently
         raise ValueError("the KV cache stayed empty")
-    return cache, ids, mask
+    return out.last_hidden_state
 
+def prefill(model, prompts):
+    """N prompts -> ids [N, S], padded at the left, and a cache of all but the last token of each.
+    Equal prompts are run once, in training too."""
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)  # [N]
+    ids = pad(unique, model.device, "left")  # [P, S]
+    cache = DynamicCache(config=model.config)
+    forward(model, ids[:, :-1], cache)
+    cache.batch_select_indices(rows)  # P -> N rows
+    return ids[rows], cache
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
-    """n samples of each prompt (lists of ids, of any lengths) from softmax(logits / temperature)
-    and nothing else; 0 is greedy. max_new_tokens: an int, or one a prompt. -> [P][n] Samples.
-    Keys and values of a prompt are computed once; rows that have ended leave the batch; prompts
-    take turns where the memory is short."""
-    if not prompts:
-        return []
+    """n samples of each of P prompts (lists of ids) from softmax(logits / temperature) and nothing
+    else; 0 is greedy. max_new_tokens: an int, or one a prompt -> [P][n] Samples. A prompt's keys
+    and values are computed once; rows that have ended leave; rows take turns if memory is short."""
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
-    half = len(prompts) // 2
-    if half and rows_that_fit(model, max(map(len, prompts)) + max(limits)) < len(prompts) * n:
-        first = generate(model, tokenizer, prompts[:half], n, limits[:half], temperature)
-        return first + generate(model, tokenizer, prompts[half:], n, limits[half:], temperature)
-    groups = [[Sample([], [], False, p) for _ in range(n)] for p in prompts]
-    rows = [(s, limit) for group, limit in zip(groups, limits) for s in group]  # [P * n]
-    eos = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)} - {None}
-    cache, ids, mask = prefill(model, prompts)  # [P, S]
-    ids = ids.repeat_interleave(n, 0)  # [P * n, S]
-    mask = mask.repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)
-    bar = tqdm(desc="sampling", unit=" tokens", **BAR)
+    every = [Sample([], [], False, p, limit=x) for p, x in zip(prompts, limits) for _ in range(n)]
+    fit = rows_that_fit(model, max([len(s.prompt) + s.limit for s in every], default=0))
+    waiting = every  # [P * n]
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
+    eos = {tokenizer.eos_token_id, *np.ravel(own.eos_token_id).tolist()} - {None}
     model.generation_config = GenerationConfig(
         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else None,
-        eos_token_id=sorted(map(int, eos)) or None, pad_token_id=0, output_scores=True,
+        eos_token_id=sorted(eos) or None, pad_token_id=0, output_scores=True,
         return_dict_in_generate=True)
-    while rows:
-        longest = max(limit - len(s.tokens) for s, limit in rows)
-        out = model.generate(ids, attention_mask=mask.long(), max_new_tokens=min(CHUNK, longest),
-                             synced_gpus=False, **{CACHE: cache})
-        tokens = out.sequences[:, ids.shape[1]:]  # [N, drawn]
+    bar = tqdm(total=len(waiting), desc="sampling", unit=" responses", **BAR)
+    rows = []
+    while rows or waiting:
+        if not rows:
+            rows, waiting = waiting[:fit], waiting[fit:]
+            ids, cache = prefill(model, [s.prompt for s in rows])  # [N, S]
+        longest = max(s.limit - len(s.tokens) for s in rows)
+        out = model.generate(
+            ids.clamp(0), attention_mask=(ids >= 0).long(), max_new_tokens=min(CHUNK, longest),
+            synced_gpus=False, **{CACHE: cache})
+        drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
         logprobs = []  # drawn of [N]; zip, for where transformers stops a step late it drops a draw
-        for scores, token in zip(out.scores, tokens.T):
-            logit = scores.gather(1, token[:, None]).squeeze(1)  # [N]
-            logprobs.append(logit - scores.logsumexp(1))
+        for scores, token in zip(out.scores, drawn.T):
+            logprobs.append(Categorical(logits=scores).log_prob(token))
         logprobs = torch.stack(logprobs, 1).tolist()  # [N][drawn]
         staying = []
-        for j, ((s, limit), new) in enumerate(zip(rows, tokens.tolist())):
-            new = new[:limit - len(s.tokens)]
+        for j, (s, new) in enumerate(zip(rows, drawn.tolist())):
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
-            new = new[:min(ends, default=None)]
-            s.finished = bool(ends)
-            s.tokens += new
-            s.logprobs += logprobs[j][:len(new)]
-            bar.update(len(new))
-            if not s.finished and len(s.tokens) < limit:
+            stop = min(ends + [s.limit - len(s.tokens)])
+            s.tokens += new[:stop]
+            s.logprobs += logprobs[j][:stop]
+            s.finished = stop in ends
+            if not s.finished and len(s.tokens) < s.limit:
                 staying.append(j)
-        bar.set_postfix_str(f"{len(staying)} responses go on")
+        bar.update(len(rows) - len(staying))
         rows = [rows[j] for j in staying]
         keep = torch.tensor(staying, dtype=torch.long, device=ids.device)
-        ids = out.sequences[keep]  # [fewer, T + drawn]
-        del out  # its logits are large
-        mask = torch.cat([mask, torch.ones_like(tokens, dtype=torch.bool)], 1)[keep]
+        ids = torch.cat([ids, drawn], 1)[keep]  # [fewer, S + drawn]
         cache.batch_select_indices(keep)
+        del out  # its logits are large
     bar.close()
     model.generation_config = own
-    return groups
-
+    return [every[i:i + n] for i in range(0, len(every), n)]  # [P][n]
 
 def rows_that_fit(model, length):
-    """How many rows of `length` tokens may be sampled at once: by the keys and values of a token of
-    this model, and a row's logits."""
-    cache, _, _ = prefill(model, [[0, 0]])
+    """How many rows of `length` tokens may be sampled at once, by their keys, values and logits."""
+    _, cache = prefill(model, [[0, 0]])
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32
     memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
     if model.device.type == "cuda":
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
-    logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32
-    return memory // (token * (length + CHUNK) + logits)
-
+        torch.cuda.empty_cache()
+        memory = 0.7 * torch.cuda.mem_get_info()[0]
+    return max(1, int(memory // (token * (length + CHUNK) + logits)))
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
     """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
     lists of ids; equal prompts are run once. Returns logprobs and the entropy of each token's
     distribution (without gradients), nats, [N, T] float32, 0 where padded, and the mask [N, T]."""
-    shared = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    owner = torch.tensor([shared[tuple(p)] for p in prompts], device=model.device)  # [N]
-    cache, x, seen = prefill(model, list(shared))  # [P, S]
-    cache.batch_select_indices(owner)  # P -> N rows
-    targets, mask = pad(responses, model.device)  # [N, T]
-    ids = torch.cat([x[owner, -1:], targets[:, :-1]], 1)  # [N, T]: the prompt's last token first
-    seen = torch.cat([seen[owner], mask[:, :-1]], 1)  # [N, S + T - 1]
-    positions = seen.cumsum(1)[:, -ids.shape[1]:] - 1  # [N, T]
-    hidden = model.base_model(ids, attention_mask=seen.long(), position_ids=positions,
-                              use_cache=True, **{CACHE: cache}).last_hidden_state  # [N, T, D]
+    x, cache = prefill(model, prompts)  # [N, S]
+    targets = pad(responses, model.device)  # [N, T]
+    mask = targets >= 0
+    ids = torch.cat([x, targets], 1)  # [N, S + T]
+    hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
     logprobs, entropy = chunked_logprobs(
         model.get_output_embeddings(), hidden[mask], targets[mask], temperature)  # [sum of lengths]
     zeros = torch.zeros(mask.shape, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask
-
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     """Of p = softmax(head(hidden) / temperature): log p[target] with gradients, and the entropy of
@@ -621,184 +577,134 @@ def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
         table = (head(h).float() / temperature).log_softmax(1)  # [m, V]
         entropy = torch.special.entr(table.detach().exp()).sum(1)  # [m]
         return table.gather(1, target[:, None]).squeeze(1), entropy
+
     chunks = zip(hidden.split(chunk), targets.split(chunk))
     parts = [checkpoint(piece, h, target, use_reentrant=False) for h, target in chunks]
     return [torch.cat(x) for x in zip(*parts)]
 
+def grade(tokenizer, problems, groups):
+    """+1 where the last box of a response holds the answer, else -1: B Problems and [B][n] Samples,
+    which get their text -> NumPy's [B, n]."""
+    for s in sum(groups, []):
+        s.text = tokenizer.decode(s.complete or s.tokens, skip_special_tokens=True)
+    right = [[is_correct(s.text, p.answer) for s in group] for p, group in zip(problems, groups)]
+    return 2.0 * np.array(right) - 1
 
 def evaluate(model, tokenizer, problems, config):
-    """k samples of each of P problems, from q alone, without a segment. accuracy: avg@k, the share
-    of right ones; pass_at_k: of problems with a right one; majority: maj@k, of problems whose most
-    frequent answer is right."""
+    """k samples of each of P problems, from q alone. accuracy: avg@k, the share of right ones;
+    pass_at_k: of problems with one; majority: maj@k, of problems whose most frequent answer is."""
     _, sample, _ = begin(model, tokenizer, config, 10**9)  # the same draws at every evaluation
     k = config.eval_samples if config.temperature else 1
     groups = sample([p.ids for p in problems], k)  # [P][k]
-    right = grade(tokenizer, [p.answer for p in problems], groups) > 0  # [P, k]
+    right = grade(tokenizer, problems, groups) > 0  # [P, k]
     majority = []
     for p, group in zip(problems, groups):
-        boxes = [extract_answer(decode(tokenizer, s)) for s in group]
-        votes = Counter(normal_form(box) for box in boxes if box is not None)
+        boxes = [extract_answer(s.text) for s in group]
+        votes = Counter(normal_form(box) for box in boxes if box)
         winner = max(votes, key=votes.get, default=None)
         majority.append(winner == normal_form(p.answer))
-    return dict(accuracy=right.double().mean().item(), majority=float(np.mean(majority)),
-                pass_at_k=right.any(1).double().mean().item(), samples=k, problems=len(problems))
-
-
-def decode(tokenizer, sample):
-    """The text of a response, whole."""
-    return tokenizer.decode(sample.complete or sample.tokens, skip_special_tokens=True)
-
-
-def grade(tokenizer, answers, groups):
-    """+1 where the last box of a response holds the answer, else -1: [B][n] Samples -> [B, n]."""
-    rewards = [[1.0 if is_correct(decode(tokenizer, s), answer) else -1.0 for s in group]
-               for answer, group in zip(answers, groups)]
-    return torch.tensor(rewards, dtype=torch.float64)
-
+    return dict(accuracy=right.mean(), pass_at_k=right.any(1).mean(), majority=np.mean(majority),
+                samples=k, problems=len(problems))
 
 # ---- 9. Rewards: is the last box right? ----------------------------------------------------------
-# Answers are equal if their normal forms are. Model output is untrusted: LaTeX becomes Python,
-# which is parsed and never run; a number beyond 10^+-100 is an error, and the text compared.
+# Answers are equal if their normal forms are. Model output is untrusted: it is read, never run.
 
 NUMBERS = Context(prec=300, Emin=-100, Emax=100,
-                  traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])
+                  traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])  # beyond 10^+-100
 ROUNDED = Context(prec=210)  # what is compared
-NAME = re.compile(r"(?:^|(?<=,))\s*((?:\\?[a-zA-Z]|\\[a-z]+|[A-Z]{2,3})(?:_\w|_\{\w+\})?"
-                  r"(?:\([a-zA-Z]\))?|\([a-z](?:\s*,\s*[a-z])*\))\s*(?:=|\\in(?![a-zA-Z]))")
-UNIT = (r"(?:(?:square|cubic) )?(?:[cmk]m|in|ft|feet|kg|mph|percent|inch(?:es)?|(?:meter|gram|mile|"
-        r"unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)")
-DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°")
-TIDY = [
-    (r"[.\s]+$", ""), (r"infinity|\\infty(?![a-zA-Z])|∞", " Ω "), ("−", "-"),
-    (r"\\begin\{[pb]?matrix\}", "(("), (r"\\\\(?!\s*\\end)", "),("), ("&", ","),
-    (r"(?:\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
-    (r"(?<=\d)(?:\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # between thousands, not a space
-    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])|\\[!,;:> ()]|~", " "),
-    (r"\\?[%$]", " "),  # a space, so that \$1\$2 is not 12
-    (r"(?s)^(?!.*(?:sin|cos|tan|sec|csc|cot)).*", lambda m: DEGREES.sub(" degrees", m[0])),
-    (r"\\(?:cdot|times)(?![a-zA-Z])", "*"), (r"\\div(?![a-zA-Z])", "/"),
-    (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"\\(?:(?:text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
-    (rf"(?:(?<=[\d}})])|(?<=\\pi))\s*{UNIT}(?:\s*\^\s*\{{?[23]\}}?|\s*[CF])?\s*(?=,|$)", ""),
-    (r"^\s*[-+]?\d{1,3}(,\d{3})+(\.\d+)?\s*$", lambda m: m[0].replace(",", "")),  # not 12, 144
-]
-NESTED = [  # applied again and again, the inner ones go first
-    (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
-    (r"\\sqrt\s*(?:\{([^{}]*)\}|\(([^()]*)\))", r"((\1\2)^(1/2))"),
-    (r"\\sqrt\s*\[([^][]*)\]\s*\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
-    (r"\^\s*\{([^{}]*)\}", r"^(\1)"),
-]
-PYTHON = [
-    (r"(?<![\w.])0+(?=[0-9])", ""),  # 033 is no number of Python's
-    (r"(?<![\\a-zA-Z])(sqrt|pi)(?![a-zA-Z])", r"\\\1 "), (r"_\{(\w)\}(?!\w)", r"_\1"),
-    (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
-    (r"(?<![\d.^_/])(?<!\d )(\d+) +(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),  # mixed numbers
-    (r"(?<![\d.^_])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"(\d)[eE]([-+]?\d{1,2})(?![\d.])", r"\1*10^(\2)"), (r"(?<=\d)_", " _"),  # no 1_2 for 12
-    (r"(?<![\w.)])(?<!!!)(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})"),
-    (r"\[([^][()]*)\)", r"([],\1)"), (r"\(([^][()]*)\]", r"((),\1)"),  # half open intervals
-    (r"\\cup(?![a-zA-Z])", "|"),
-    *8 * NESTED,
-    (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])), (r"\\([{}])", r"\1"),
-    (r"(?<=[^\W_]|\))\s*(?=[^\W\d_]|\()", "*"), (r"\^", "**"),
-]
-
+KNOWN = {"e": Decimal(math.e), "π": Decimal(math.pi)}  # of other letters "sign" is
+OPERATORS = {"+": NUMBERS.add, "-": NUMBERS.subtract, "/": NUMBERS.divide,
+             "*": NUMBERS.multiply, "": NUMBERS.multiply}  # 2x is a product
+LEVELS = [r"(.*[^-+*/^])([-+])(.+)", r"(.+)([*/]|(?<=\w)(?=[^\W\d]))(.+)",  # sums, products,
+          r"()([-+])(.+)", r"(.+?)(\^)(.+)"]  # signs, powers: the weakest first
+TIDY = [  # in this order; a matrix is a tuple of its rows
+    (r"\\begin\{[pb]?matrix\}", "(("), (r"(\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
+    (r"\\\\", "),("), ("&", ","), (r"infinity|\\infty|∞", "Ω"), (r"(?<![\\a-z])pi\b", "π"),
+    (r"(?<=\d)(\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""), (r"([\d.]+)[eE]([-+]?\d+)", r"(\1*10^\2)"),
+    (r"\\(left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])|\\[!,;:> ()]|\\?[%$]|~", " "),
+    (r"\\((text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \3 "), (r",?\s*\b(and|or)\b", ","),
+    (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])),  # \pi is π, \cdot ċ
+    ("−", "-"), ("[×·ċ]", "*"), ("÷", "/"), (r"\*\*", "^"), (r"\\[dtc]frac", r"\\frac"),
+    (r"(?<![\d.,\s])\s+|\s+(?![\d.,])|[.,\s]+$", ""),  # the space of 2 3 or 12, 144 stays
+    (r"((?:sin|cos|tan|cot|csc|sec).*)|\^\{?ˆ\}?|°", lambda m: m[1] or "degrees"),
+    (r"(?<=[\d})π])(square|cubic)?([cmk]m|in|ft|feet|mph|kg|percent|inch(es)?|degrees[CF]|(meter|"
+     r"mile|gram|unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)"
+     r"(\^\{?[23]\}?)?(?=,|$)", ""), (r"(?<!\d)\{(\w)\}(?![\d!])", r"\1"),  # x^{2} is x^2
+    (r"^((?:[^\W\d]|[A-Z]{2,3})?(?:_\{?\w+\}?)?(?:\([a-zA-Z,]+\))?)[=∈]((?:[^=∈]|,\1=)*)$",
+     lambda m: m[2].replace(f",{m[1]}=", ",")),  # f(x)=5; x=1,x=2
+    (r"^[-+]?\d{1,3}(,\d{3})+(\.\d+)?$", lambda m: m[0].replace(",", "")), (r"\s*,\s*", ","),
+    (r"^[a-zA-Z]{2,}$", lambda m: "'" + m[0].lower()), ("_", "~"),  # a word is not a product
+    (r"\\?sqrt\[(\w+)\]", r"\\root{\1}"), (r"\\?sqrt", r"\\root2"),  # \root{3}{8} is 2
+    (r"(?<![\d.^~/])(?<!\d )(\d+) ?((?<= )\d+/\d+|\\frac(?:\d|\{\d+\}){2})", r"(\1+\2)"),
+    (r"(?<![\w.)~])(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})")]  # 5!
 
 def extract_answer(text):
     r"""What the last complete \boxed{...} in text holds; None if none or empty. One pass."""
-    box = (0, 0)  # start, end
-    starts = []  # of what is in the open braces, -1 without \boxed
-    for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-        if token[0].endswith("{") and token[0] != r"\{":
-            starts.append(token.end() if len(token[0]) > 1 else -1)
-        elif token[0] == "}" and starts:
-            box = max(box, (starts.pop(), token.start()))  # of nested boxes, the inner one
-    return text[slice(*box)].strip() or None
-
+    ends = []  # of the open braces, seen from the right
+    for token in reversed([*re.finditer(r"(\\boxed\s*|)\{|\}|\\.", text, re.DOTALL)]):
+        if token[0] == "}":
+            ends.append(token.start())
+        elif token[1] is not None and ends:
+            content = text[token.end():ends.pop()]
+            if token[1]:  # of nested boxes, the inner one
+                return content.strip() or None
 
 def is_correct(response, answer):
     """Whether the last box of response (text) holds answer (text or number). Never raises."""
     given = extract_answer(response)
     return given is not None and normal_form(given) == normal_form(str(answer))
 
-
 @lru_cache(10**4)  # a reference is compared with every response to it
 def normal_form(text):
-    """What equal answers share: a Decimal, a nested tuple of them, or the text tidied. Hashable."""
-    if len(text) > 300:
-        return text
+    """What equal answers share: their values, or the text tidied. Hashable."""
     for pattern, new in TIDY:
+        if len(text) > 300 or re.search("[一-鿿]", text):  # value has these letters for itself
+            return text
         text = re.sub(pattern, new, text)
-    if len(set(NAME.findall(text))) == 1:  # of several, x = 1, y = 2, they matter
-        text = NAME.sub("", text)
-    if re.fullmatch(r"[a-zA-Z][a-zA-Z ]+", text.strip()):  # words are no products of letters
-        return " ".join(text.casefold().split())
-    for pattern, new in PYTHON:
-        text = re.sub(pattern, new, text)
-    try:
-        text = f"[{text.strip()}]"
-        items = ast.parse(text, mode="eval").body.elts
-        whole = items if len(items) == 1 else [ast.Set(items)]  # a bare list has no order
-        forms = [form(ast.List(whole), text, sign)[1] for sign in (1, -1)]  # |x| is not x
+    try:  # with letters of either sign: |x| is not x
+        return tuple(value(f"[{{{text}}}]", {**KNOWN, "sign": sign}) for sign in (1, -1))
     except Exception:  # no expression, or too large
         return "".join(text.split())
-    return forms[0] if forms[0] == forms[1] else ("values", *forms)
-
 
 def power(left, right):
-    """left^right; an odd root of a negative number is the real one."""
+    """left^right; of a negative number, an odd root is the real one, another one some number."""
     if left < 0 and right % 1:
-        odd = ROUNDED.divide(1, right) % 2 == 1
-        sign = -1 if odd else Decimal("1.37")  # i to that power: some number, no real one
-        return NUMBERS.multiply(sign, power(-left, right))
+        sign = -1 if ROUNDED.divide(1, right) % 2 == 1 else Decimal("1.37")
+        return NUMBERS.multiply(sign, power(NUMBERS.minus(left), right))
     return NUMBERS.power(left, right)
 
-
-def union(left, right):
-    """left \\cup right, two tuples of the kind that form gives, in an order of its own."""
-    parts = [x[1:] if x[0] == "union" else (x,) for x in (left, right)]
-    return ("union", *sorted(sum(parts, ()), key=str))
-
-
-OPERATORS = {ast.Add: NUMBERS.add, ast.Sub: NUMBERS.subtract, ast.Mult: NUMBERS.multiply,
-             ast.Div: NUMBERS.divide, ast.Pow: power, ast.BitOr: union,
-             ast.UAdd: NUMBERS.add, ast.USub: NUMBERS.subtract}
-
-
-def form(node, text, sign):
-    """Of a part of the parsed text: a number, its letters being numbers of that sign, or a tuple of
-    forms, its numbers rounded, a set's sorted."""
-    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
-        items = [form(item, text, sign) for item in node.elts]
-        items = [x if isinstance(x, tuple) else ROUNDED.normalize(x) for x in items]
-        if isinstance(node, ast.Set):
-            items.sort(key=str)
-        return (type(node).__name__, *items)
-    if isinstance(node, ast.BinOp):
-        left = form(node.left, text, sign)
-        return OPERATORS[type(node.op)](left, form(node.right, text, sign))
-    if isinstance(node, ast.UnaryOp):
-        return OPERATORS[type(node.op)](0, form(node.operand, text, sign))
-    if isinstance(node, ast.Name) and re.fullmatch(r"\w(_\w)?", node.id):
-        constants = {"e": math.e, "π": math.pi}
-        return Decimal(constants.get(node.id) or sign * random.Random(node.id).uniform(1, 2))
-    return NUMBERS.create_decimal(ast.get_source_segment(text, node))  # not through a float
-
+def value(text, known):
+    """The number or tuple that text stands for. Brackets become letters of known, one by one."""
+    text = re.sub(r"\\frac(\w) ?(\w)", r"(\1/\2)", text)
+    text = re.sub(r"\\root(\w)(\w)", r"(\2^(1/\1))", text)
+    text = re.sub(r"(?<!∪)\w(∪\w)+(?!∪)", lambda m: f"⟨{m[0].replace('∪', ',')}⟩", text)
+    if bracket := re.search(r"(\\?[\[({⟨])([^][(){}⟨⟩\\]*)\\?([])}⟩])", text):  # innermost
+        items = [value(item, known) for item in bracket[2].split(",")]
+        if len(items) > 1 or bracket[1] + bracket[3] not in ("()", "{}"):
+            items = [x if isinstance(x, tuple) else ROUNDED.normalize(x) for x in items]
+            items = sorted(items, key=str) if bracket[3] in "}⟩" else items
+            items = [(bracket[1][-1] + bracket[3], *items)]
+        letter = chr(ord("一") + len(known))
+        known[letter] = items[0]
+        return value(text.replace(bracket[0], letter), known)
+    for level in LEVELS:
+        if found := re.fullmatch(level, text):
+            left, operator, right = found.groups()
+            return OPERATORS.get(operator, power)(value(left or "0", known), value(right, known))
+    if re.fullmatch(r"[a-zA-Zͱ-Ͽ](~[0-Ͽ])?", text) and text not in known:
+        known[text] = Decimal(known["sign"] * random.Random(text).uniform(1, 2))
+    return known[text] if text in known else NUMBERS.create_decimal(text)
 
 # ---- 10. Problems, prompts, the model ------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that its maker can mend: shown as one line, without a traceback."""
 
-
 @dataclass
 class Problem:
-    """A question, its reference answer and, once it is tokenised, the ids of its prompt."""
     question: str
-    answer: str
-    ids: list = None
-
+    answer: str  # the reference
+    ids: list = None  # of its prompt, once it is tokenised
 
 def load_problems(source):
     """The Problems of a JSON-lines file ("question" or "problem", and "answer": text, number, or
@@ -806,32 +712,29 @@ def load_problems(source):
     one by one, modulo 10; "arithmetic", for a pretrained one. Raises UserError."""
     rng = np.random.default_rng(20260409)
     if source == "sums":
-        digits = map("{:06d}".format, rng.permutation(10**6)[:2048])
-        return [Problem(d, str(sum(map(int, d)) % 10)) for d in digits]
+        rows = rng.permutation(10**6)[:2048]
+        return [Problem(f"{row:06d}", str(sum(map(int, str(row))) % 10)) for row in rows]
     if source == "arithmetic":
-        triples = np.unique(rng.integers(2, 100, (2048, 3)), axis=0).tolist()
-        return [Problem(f"What is {a} + {b} * {c}?", str(a + b * c)) for a, b, c in triples]
+        rows = np.unique(rng.integers(2, 100, (2048, 3)), axis=0)
+        return [Problem(f"What is {a} + {b} * {c}?", str(a + b * c)) for a, b, c in rows]
     problems = []
     for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            if not line.strip():
-                continue
             row = json.loads(line)
             question = row.get("question", row.get("problem")).encode(errors="replace").decode()
             answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
-            answer = extract_answer(answer) or answer
             if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
                 raise ValueError("empty")
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        except Exception:  # whatever a line may hold
             raise UserError(f'{source}, line {number}: not a JSON object with a "question" or '
                             '"problem" (text) and an "answer" (text or number)') from None
-        problems.append(Problem(question, answer))
+        problems.append(Problem(question, extract_answer(answer) or answer))
     return problems
 
-
 def prompt_ids(tokenizer, question, template="auto"):
-    """The ids of a prompt: for "none" the question as it is, for "auto" with a request for a box,
-    in the tokenizer's chat template if it has one."""
+    """The ids of a prompt; "auto": with a request for a box, and in the chat template if any."""
     if template == "auto":
         question += "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
     if template == "auto" and tokenizer.chat_template:
@@ -841,84 +744,68 @@ def prompt_ids(tokenizer, question, template="auto"):
     ids = tokenizer(question)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
 
-
 def load_model(config):
-    """(model, tokenizer), float32, on the GPU if there is one. config.model: "embedded", a folder,
-    or a hub name, whose organisation may be left out. No remote code, no pickle."""
+    """(model, tokenizer), float32, on the GPU if there is one; no remote code, no pickle. Refused:
+    models whose log-probs through a shared cache are not a plain pass's, for recurrent states,
+    logits capped or scaled after the head, or broken weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.model == "embedded":
-        warm_up = {"steps": 0} if config.resume else {}  # a checkpoint brings its own weights
-        model, tokenizer = embedded_model(config.seed, **warm_up)
-        return model.to(device), tokenizer
     source = config.model
-    homes = dict(qwen="Qwen", llama="meta-llama", smollm="HuggingFaceTB", gemma="google")
-    family = re.match("[a-z]*", source.lower())[0]
-    if "/" not in source and family in homes and not Path(source).exists():
-        source = f"{homes[family]}/{source}"
+    if source == "embedded":
+        model, tokenizer = embedded_model(config.seed, steps=0 if config.resume else 400)
+        return model.to(device), tokenizer
+    if re.match("(?i)qwen[^/]*$", source) and not Path(source).exists():
+        source = f"Qwen/{source}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
-                                                     use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True).float()
         model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
-        check_policy(model)
+        rows = [[1, 2, 3], [3, 1], [3, 1]]
+        shared, _, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
+        ids = torch.tensor([[3, 1, 5, 4], [-100, -100, 5, 4]], device=device)
+        plain = -model(ids[:1], labels=ids[1:]).loss  # mean log-prob of 5 and 4
+        if not torch.allclose(shared[2].mean(), plain, atol=1e-3):
+            raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
         prompt_ids(tokenizer, "", config.template)  # a chat template may refuse
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
         raise UserError(f"cannot use --model {source}: {error or repr(error)}") from None
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model, tokenizer
 
-
-@torch.no_grad()
-def check_policy(model):
-    """ValueError unless log-probs through a shared cache are a plain forward pass's: they are not
-    with recurrent states, logits capped or scaled after the head, or broken weights."""
-    rows = [[1, 2, 3], [3, 1], [1, 2, 3]]
-    shared, _, _ = response_logprobs(model, rows, [[4], [5, 4], [4]])  # [3, 2]
-    ids = torch.tensor([[3, 1, 5, 4]], device=model.device)
-    plain = model(ids).logits[0].float().log_softmax(-1)[[1, 2], [5, 4]]  # [2]
-    if not torch.allclose(shared[1], plain, atol=1e-3):
-        raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
-
-
 def embedded_model(seed, steps=400, batch=64, slips=0.2):
     """A character-level Qwen2 of 75k parameters that stands in for a pretrained model: supervised
     for seconds on worked digit sums in which every fifth step slips, so that it knows how, yet is
     often wrong. In half of the documents an attempt stands ahead of the problem, as in [s, q]."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    import tokenizers
     words = [*"0123456789=", "\\boxed{", "}", "<eos>", "<unk>"]
-    vocab = dict(zip(words, range(len(words))))
-    chars = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    chars.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
-    chars.decoder = decoders.Fuse()
+    unigram = tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=14)
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=chars, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+        tokenizer_object=tokenizers.Tokenizer(unigram), eos_token="<eos>", unk_token="<unk>")
+    tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.chat_template = "{{ messages[0]['content'].split('\\n')[0] }}="  # the digits and "="
     torch.manual_seed(seed)
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=vocab["<eos>"],
-        pad_token_id=vocab["<eos>"], initializer_range=0.1))  # with 0.02 it starts ten times later
+        vocab_size=15, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=13,
+        pad_token_id=13, initializer_range=0.1))  # with 0.02 it starts ten times later
     rng = np.random.default_rng([seed, 0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    equals, box, close, eos = np.arange(10, 14).repeat(batch).reshape(4, batch, 1)
     for step in tqdm(range(steps), "warm-up of the embedded model", **BAR):
         digits = rng.integers(10, size=(batch, 6))
         slip = rng.integers(1, 10, (batch, 6)) * (rng.random((batch, 6)) < slips)
         work = (digits + slip).cumsum(1) % 10  # [batch, 6]: running sums, a slip carried on
         attempt = (work + slip[::-1]) % 10  # [batch, 6]: the same with another row's slips
-        cut = rng.integers(1, 7, batch) * (rng.random(batch) < 0.5)  # [batch]; 0: nothing ahead
-        texts = []
-        for a, n, d, w in zip(attempt.tolist(), cut, digits.tolist(), work.tolist()):
-            texts.append([*a[:n], *d, 10, *w, 11, w[-1], 12, 13])  # a d = w \boxed{ w_6 } <eos>
-        ids, mask = pad(texts, "cpu")  # [batch, T]
-        answer = torch.arange(ids.shape[1]) >= torch.tensor(cut)[:, None] + 7  # what follows "="
-        labels = ids.where(answer & mask, -100)
-        model(ids, attention_mask=mask.long(), labels=labels).loss.backward()
+        cut = rng.integers(1, 7, (batch, 1)) * (rng.random((batch, 1)) < 0.5)  # 0: nothing ahead
+        attempt[np.arange(6) >= cut] = -1
+        text = [attempt, digits, equals, work, box, work[:, -1:], close, eos]
+        ids = torch.tensor(np.hstack(text))  # [batch, 23]
+        hidden = forward(model, ids, DynamicCache(config=model.config))
+        logits = model.lm_head(hidden[:, 12:-1])  # [batch, 10, V], of what follows "="
+        torch.nn.functional.cross_entropy(logits.mT, ids[:, 13:]).backward()
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), tokenizer
-
 
 # ---- 11. Several processes (torchrun); one process is a group of one -----------------------------
 
@@ -933,7 +820,6 @@ def join_processes():
     dist.init_process_group(**alone)  # gloo for the CPU, nccl for GPUs
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
-
 
 def shard(model, config):
     """FSDP2: float32 master weights, gradients and moments, of which each process holds its part;
@@ -954,75 +840,38 @@ def shard(model, config):
         module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # makes model the root
-    each_shard(model, "reshard")
+    for module in blocks + [model]:
+        module.reshard()  # an optimiser wants the masters
 
-
-def each_shard(model, do):
-    """unshard: makes the weights that compute, if a step outdated them; reshard: frees them."""
+def renew_weights(model):
+    """Makes the weights that compute anew from the master weights, which a step has moved."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            getattr(module, do)()
-
-
-def spread(work, *columns):
-    """work(*columns), the rows dealt out: each process takes every W-th, all get all results."""
-    world = dist.get_world_size()
-    parts = [None] * world
-    mine = [column[dist.get_rank()::world] for column in columns]
-    dist.all_gather_object(parts, work(*mine))
-    return [parts[i % world][i // world] for i in range(len(columns[0]))]
-
-
-def my_passes(passes):
-    """This process's passes, each with 1.0. All make as many: some repeat the first, with 0.0."""
-    world = dist.get_world_size()
-    total = world * math.ceil(len(passes) / world)
-    for i in tqdm(range(dist.get_rank(), total, world), "updating", **BAR):
-        yield (passes[i], 1.0) if i < len(passes) else (passes[0], 0.0)
-
+            module.reshard()
+            module.unshard()
 
 # ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
 
 def begin(model, tokenizer, config, step):
-    """Random numbers that depend on seed and step alone, so that a resumed run needs no others:
-    NumPy's, the same in all processes, and torch's, others in each. Returns (rng, sample, log);
-    sample(prompts, n, limits) -> [P][n] Samples is `generate`, dealt out to the processes."""
-    join_processes()
+    """(rng, sample, log). Random numbers depend on seed and step alone, so that a resumed run needs
+    no others: NumPy's, the same in all processes, and torch's, others in each. sample(prompts, n,
+    limits) -> [P][n] Samples is `generate`, the prompts dealt out to the processes."""
     rng = np.random.default_rng([config.seed, step])
     torch.manual_seed(int(rng.integers(2**62)) + dist.get_rank())
+    renew_weights(model)
     log = dict(step=step, start=time.perf_counter(), tokens=0)
 
     def sample(prompts, n, limits=config.max_new_tokens):
-        def work(prompts, limits):
-            return generate(model, tokenizer, prompts, n, limits, config.temperature)
-        each_shard(model, "unshard")
-        groups = spread(work, prompts, np.broadcast_to(limits, len(prompts)))
-        log["tokens"] += sum(len(s.tokens) for group in groups for s in group)
+        world = dist.get_world_size()
+        mine = slice(dist.get_rank(), None, world)
+        limits = np.broadcast_to(limits, len(prompts))[mine]
+        groups = generate(model, tokenizer, prompts[mine], n, limits, config.temperature)
+        parts = [None] * world
+        dist.all_gather_object(parts, groups)
+        groups = [parts[i % world][i // world] for i in range(len(prompts))]
+        log["tokens"] += sum(len(s.tokens) for s in sum(groups, []))
         return groups
     return rng, sample, log
-
-
-RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
-    max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
-    prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1
-    0 < split_low <= split_high <= 1; temperature > 0 or steps == 0
-    algo == 'skpo' or ablation == 'none'; out or not resume  # --resume needs --out, a run's folder
-    model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # there is no such folder
-    model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
-
-
-def check_config(config):
-    """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""
-    for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise UserError(f"--{name} {value}: wanted is a number from 0 up")
-    for rule in re.split(r"\s*[;\n]\s*", RULES):
-        if not eval(rule, {"Path": Path}, vars(config)):
-            raise UserError(f"wrong flags: wanted is {rule}")
-    for path in [config.data, *config.eval_data.split(",")]:  # before minutes go by for the model
-        if path not in ("", "sums", "arithmetic") and not Path(path).is_file():
-            raise UserError(f"there is no file {path}")
-
 
 def load_data(config, model, tokenizer):
     """Problems to train on, and {name: problems} to evaluate on, with their prompts' ids. Without
@@ -1031,77 +880,69 @@ def load_data(config, model, tokenizer):
     train = load_problems(c.data or ("sums" if c.model == "embedded" else "arithmetic"))
     tests = {name: load_problems(name) for name in c.eval_data.split(",") if name}
     if not tests:
-        order = np.random.default_rng(0).permutation(len(train))
-        held = max(1, min(256, len(train) // 8))
-        tests["held-out"] = [train[i] for i in order[:held]]
-        train = [train[i] for i in sorted(order[held:])]
-    limit = c.eval_problems or None
-    tests = {name: test[:limit] for name, test in tests.items()}
-    room = getattr(model.config, "max_position_embeddings", math.inf) - c.max_new_tokens
-    if c.algo == "skpo" and c.steps:  # for a segment ahead of the prompt
-        longest = max(c.init_length, c.max_new_tokens)
-        room -= min(c.max_new_tokens, math.ceil(c.split_high * longest))
-    room = min(room, c.max_prompt_tokens)
-    for name, problems in [("--data", train), *tests.items()]:
+        np.random.default_rng(0).shuffle(train)
+        held = min(256, len(train) // 8 or 1)
+        tests = {"held-out": train[:held]}
+        train = train[held:]
+    segment = min(c.max_new_tokens, c.split_high * max(c.init_length, c.max_new_tokens))
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    room = min(c.max_prompt_tokens, context - c.max_new_tokens - math.ceil(segment))
+    for name, problems in {"--data": train, **tests}.items():
+        if problems is not train and c.eval_problems:
+            del problems[c.eval_problems:]
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
         kept = [p for p in problems if 0 < len(p.ids) <= room]
-        if len(kept) < len(problems):
-            print(f"{name}: dropped {len(problems) - len(kept)} of {len(problems)} problems: "
-                  f"--max_prompt_tokens and the model's context leave {room} tokens for a prompt")
-        wanted = c.prompts_per_step if problems is train and c.steps else 1
-        if len(kept) < wanted:
+        dropped = len(problems) - len(kept)
+        problems[:] = kept
+        print(f"{name}: {len(kept)} problems, {dropped} dropped for prompts over {room} tokens")
+        if len(kept) < (c.prompts_per_step if problems is train and c.steps else 1):
             raise UserError(f"{name}: {len(kept)} problems are too few: lower --prompts_per_step, "
                             "or --max_new_tokens, which leaves more of the context to a prompt")
-        problems[:] = kept
     return train, tests
-
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-
 def save_checkpoint(out, model, optimizer, state):
-    """All that a run needs to go on, in one file that takes its name by a rename: a kill leaves the
-    old one or the new. The log's length comes along: what follows it is cut off on resume."""
+    """The model, and all that a run needs to go on in one file that takes its name by a rename: a
+    kill leaves the old one or the new. What the log holds beyond `size` is cut off on resume."""
     weights, moments = sharded.get_state_dict(model, optimizer, options=WHOLE)
-    if dist.get_rank() == 0:
-        trackers = [(t.value.tolist(), t.count.tolist()) for t in (state.values, state.lengths)]
-        last = {i: (s.tokens, s.logprobs, False, s.prompt) for i, s in state.last.items()}
-        size = (out / "metrics.jsonl").stat().st_size
-        try:
-            torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as the second
-            raise UserError(f"no checkpoint saved, the one before is untouched: {error}") from None
+    if dist.get_rank():
+        return
+    V, L = state.values, state.lengths
+    trackers = torch.tensor(np.array([V.value, V.count, L.value, L.count]))  # [4, problems]
+    last = {i: vars(s) for i, s in state.last.items()}
+    size = (out / "metrics.jsonl").stat().st_size
+    try:
+        torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
-
+        model.save_pretrained(out / "model", state_dict=weights)
+    except Exception as error:  # a full disk has many names
+        raise UserError(f"not all is saved, but an older checkpoint.pt is whole: {error}") from None
 
 def load_checkpoint(out, model, optimizer, state):
     """Puts model, optimizer, state and the log back where save_checkpoint saw them."""
+    V, L = state.values, state.lengths
     try:
         saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
         weights, moments, trackers, last, state.step, size = saved
-        for tracker, (value, count) in zip((state.values, state.lengths), trackers):
-            if len(value) != len(tracker.value):
-                raise ValueError(f"it knows {len(value)} problems, --data has {len(tracker.value)}")
-            tracker.value[:] = value
-            tracker.count[:] = count
+        if trackers.shape[1] != len(V.value):
+            raise ValueError(f"it knows {trackers.shape[1]} problems, --data has {len(V.value)}")
+        V.value, V.count, L.value, L.count = trackers.numpy().copy()
+        state.last = {i: Sample(**s) for i, s in last.items()}
         sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
                                options=WHOLE)
-        state.last = {i: Sample(*s) for i, s in last.items()}
     except Exception as error:  # whatever a file may hold
         raise UserError(f"cannot resume from {out}: {error}") from None
     os.truncate(out / "metrics.jsonl", size)
 
-
-def set_up(config):
-    """(folder, what a training step takes but config, evaluation sets), new or resumed."""
+def train(config):
+    """Evaluates, trains config.steps steps, evaluates again. Returns the run's folder."""
     c = config
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{c.algo}-{Path(c.model).name}-{c.seed}"
-    out = Path(c.out or f"runs/{name}")
-    if c.resume and not (out / "checkpoint.pt").is_file():
-        raise UserError(f"--resume: there is no checkpoint in {out}")
-    if not c.resume and (out / "metrics.jsonl").exists():
-        raise UserError(f"{out} holds a run: choose another --out, or go on with it by --resume")
+    join_processes()
+    if c.model == "embedded":
+        torch.set_num_threads(1)  # so small a model only has threads wait for one another
+    out = Path(c.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{c.algo}-{c.seed}")
     model, tokenizer = load_model(c)
     problems, tests = load_data(c, model, tokenizer)
     shard(model, c)
@@ -1113,66 +954,51 @@ def set_up(config):
     optimizer.param_groups[0]["weight_decay"] = c.weight_decay  # a flag may change it on resume
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if c.steps:  # evaluation alone leaves a run's settings as they are
+        if c.steps:  # evaluation alone leaves a run as it is
             (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
-    sizes = ", ".join(f"{name} {len(test)}" for name, test in tests.items())
-    print(f"model     {c.model}, {model.num_parameters() / 1e6:.2f}M parameters, "
-          f"{dist.get_world_size()} x {model.device}\nproblems  {len(problems)}; to evaluate on: "
-          f"{sizes}\nplan      {c.algo}, ablation {c.ablation}, steps {state.step + 1} to {c.steps}"
-          f": {c.prompts_per_step} prompts x {c.group_size} responses of up to {c.max_new_tokens} "
-          f"tokens\nfolder    {out}")
-    return out, (model, tokenizer, optimizer, problems, state), tests
+            tokenizer.save_pretrained(out / "model")
+    print(f"{c.model}: {model.num_parameters() / 1e6:.2f}M parameters, {dist.get_world_size()} x "
+          f"{model.device}\n{out}: {c.algo}, ablation {c.ablation}, steps {state.step + 1} to "
+          f"{c.steps} of {c.prompts_per_step} prompts x {c.group_size} responses of up to "
+          f"{c.max_new_tokens} tokens")
 
-
-def train(config):
-    """Evaluates, trains config.steps steps, evaluates again. Returns the run's folder."""
-    c = config
-    check_config(c)
-    join_processes()
-    if c.model == "embedded":
-        torch.set_num_threads(1)  # so small a model only has threads wait for one another
-    out, run, tests = set_up(c)
-    model, tokenizer, optimizer, _, state = run
-    start = {}  # accuracy of each evaluation set at the first evaluation
-
-    def log(row, line):
-        tqdm.write(line.format(**row))
+    def log(row, keys, note):
+        shown = "".join(f"  {key} {row[key]:.3f}" for key in keys)
+        tqdm.write(f"step {state.step:4d}{shown}  {note}")
         if dist.get_rank() == 0:
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def evaluate_all():
-        for name, test in tests.items():
-            row = dict(step=state.step, data=name, **evaluate(model, tokenizer, test, c))
-            log(row, "step {step:4d}  accuracy on {data}: {accuracy:.3f} (avg@{samples})  "
-                "{pass_at_k:.3f} (pass@{samples})  {majority:.3f} (maj@{samples})")
-            if row["accuracy"] < start.setdefault(name, row["accuracy"]):
-                tqdm.write(f"{' ' * 11}lower than {start[name]:.3f}: try --w_up 0, or a lower --lr")
-
-    if not c.steps or c.eval_every and not state.step:
-        evaluate_all()
-    while state.step < c.steps:
-        state.step += 1
-        if c.algo == "grpo":
-            row = grpo_step(*run, c)
-        else:
-            row = training_step(*run, c, **ablation(c, state.step))
-        left = row["seconds"] * (c.steps - state.step) / 60
-        log(row, "step {step:4d}  reward {reward:+.3f}  accuracy {accuracy:.3f}  response "
-            "{response_tokens:.1f}  zero-advantage {zero_advantage:.2f}  {seconds:.1f} s, "
-            f"{left:.0f} min to go")
+    first = {}  # accuracy of each evaluation set when it was evaluated first
+    run = (model, tokenizer, optimizer, problems, state, c)
+    for state.step in range(state.step + c.resume, c.steps + 1):
         last = state.step == c.steps
-        if c.eval_every and (last or state.step % c.eval_every == 0):
-            evaluate_all()
-        if c.save_every and (last or state.step % c.save_every == 0):
+        if state.step:
+            if c.algo == "grpo":
+                row = grpo_step(*run)
+            else:
+                row = training_step(*run, **ablation(c, state.step))
+            left = f"{row['seconds'] * (c.steps - state.step) / 60:.0f} min to go"
+            log(row, ("reward", "response_tokens", "zero_advantage", "seconds"), left)
+        if not c.steps or c.eval_every and (last or state.step % c.eval_every == 0):
+            for name, test in tests.items():
+                row = dict(step=state.step, data=name, **evaluate(model, tokenizer, test, c))
+                worse = row["accuracy"] < first.setdefault(name, row["accuracy"])
+                note = "lower than at first: try --w_up 0, or a lower --lr" if worse else ""
+                log(row, ("accuracy", "pass_at_k", "majority"), f"on {name}  {note}")
+        if state.step and (last or c.save_every and state.step % c.save_every == 0):
             save_checkpoint(out, model, optimizer, state)
-    if c.steps:
-        weights = sharded.get_model_state_dict(model, options=WHOLE)
-        if dist.get_rank() == 0:
-            model.save_pretrained(out / "model", state_dict=weights)
-            tokenizer.save_pretrained(out / "model")
     return out
 
+RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
+    max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
+    prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1
+    0 < split_low <= split_high <= 1; temperature > 0 or steps == 0
+    algo == 'skpo' or ablation == 'none'; not resume or out and steps  # --resume needs --out, steps
+    not resume or Path(out, 'checkpoint.pt').is_file()  # there is no checkpoint in --out
+    resume or not out or not Path(out, 'metrics.jsonl').exists()  # --out holds a run: see --resume
+    model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # there is no such folder
+    model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
 
 def parse_config(argv):
     """The command line as a Config. A comment in Config is the flag's help; the embedded model, a
@@ -1192,8 +1018,20 @@ def parse_config(argv):
         parser.set_defaults(**SMALL)
         paper = " ".join(f"--{name} {getattr(Config, name)}" for name in SMALL)
         print(f"no GPU: a small plan, for what no flag sets; the paper's: {paper}")
-    return Config(**vars(parser.parse_args(argv)))
+    return check_config(Config(**vars(parser.parse_args(argv))))
 
+def check_config(config):
+    """The config, if its flags make sense. What is evaluated is RULES, never input."""
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"--{name} {value}: wanted is a number from 0 up")
+    for rule in re.split(r"\s*[;\n]\s*", RULES):
+        if not eval(rule, {"Path": Path}, vars(config)):
+            raise UserError(f"wrong flags: wanted is {rule}")
+    for path in [config.data, *config.eval_data.split(",")]:  # before minutes go by for the model
+        if path not in ("", "sums", "arithmetic") and not Path(path).is_file():
+            raise UserError(f"there is no file {path}")
+    return config
 
 def main(argv=None):
     """Runs; a mistake of the user's ends in one line and an exit code that is not 0."""
@@ -1202,13 +1040,12 @@ def main(argv=None):
     try:
         train(parse_config(argv))
         dist.destroy_process_group()
-    except (UserError, OSError, SafetensorError, json.JSONDecodeError) as error:
-        sys.exit(textwrap.shorten(f"skpo.py: {error}", 400))
+    except (UserError, OSError, json.JSONDecodeError) as error:
+        sys.exit(" ".join(f"skpo.py: {error}".split())[:400])
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")
     except KeyboardInterrupt:
         sys.exit("skpo.py: interrupted; --resume --out FOLDER goes on from the last checkpoint")
-
 
 if __name__ == "__main__":
     main()
