@@ -46,8 +46,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-# ---- 1. Config: Appendix C -----------------------------------------------------------------------
 
+# ---- 1. Config: Appendix C -----------------------------------------------------------------------
 @dataclass
 class Config:
     """Every knob, with the paper's value. The comment beside it is its --help."""
@@ -111,8 +111,8 @@ class Sample:
     weight: float = 0.0  # of each of its tokens in the mean of eq. 5 or 6
     upstream: bool = False  # trained by eq. 6, else by eq. 5
 
-# ---- 2. Upstream (Section 3.1): split, cut, select; the skip connection --------------------------
 
+# ---- 2. Upstream (Section 3.1): split, cut, select; the skip connection --------------------------
 def split_position(length, rng, low=1 / 6, high=1 / 2):
     """Where an upstream segment pauses: t_q ~ Uniform[low * L_q, high * L_q] (eq. 2).
     length: L_q, tokens; rng: NumPy's or random's -> int, tokens, at least 1."""
@@ -141,8 +141,8 @@ def skip_prompt(segment, prompt, bos_token_id=None):
     bos = 1 if prompt[:1] == [bos_token_id] else 0
     return prompt[:bos] + segment + prompt[bos:]
 
-# ---- 3. Values and trackers (Sections 3.1, 3.2; SPO); the choice of prompts ----------------------
 
+# ---- 3. Values and trackers (Sections 3.1, 3.2; SPO); the choice of prompts ----------------------
 def monte_carlo_value(rewards):
     """R_I(s, a) = mean_i R_II(o_i, a) (eq. 3): the value of a segment from the rewards of the
     responses that follow it, at no further cost. [B, G] of +-1 -> [B] in [-1, 1]."""
@@ -178,8 +178,8 @@ def choose_prompts(values, n, rng, eps=0.05):
     p = weight / weight.sum()
     return rng.choice(len(values), n, replace=False, p=p)
 
-# ---- 4. Advantages and losses (Section 3.2) ------------------------------------------------------
 
+# ---- 4. Advantages and losses (Section 3.2) ------------------------------------------------------
 def group_advantages(rewards):
     """Downstream: A_i = (R_i - mean R) / std R within each group; 0, not NaN, where all its R are
     equal. [B, G] -> [B, G]. paper silent: the population's std, without an epsilon."""
@@ -213,8 +213,8 @@ def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, cli
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -(weights * torch.minimum(ratio * A, clipped * A)).sum()
 
-# ---- 5. The training step: Section 3, in its order -----------------------------------------------
 
+# ---- 5. The training step: Section 3, in its order -----------------------------------------------
 @dataclass
 class State:
     """What a run carries from step to step, beside the weights and the optimiser."""
@@ -315,8 +315,8 @@ def policy_drift(model, segments, config):
     dist.all_reduce(D)
     return D.cpu().numpy()
 
-# ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
 
+# ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
 def learn(model, optimizer, groups, responses, rewards, config, log):
     """Step 10: `update` on each mini-batch, and the step's row of metrics.jsonl. groups: B lists of
     Samples, a prompt each; responses [B][G]; rewards [B, G].
@@ -377,11 +377,12 @@ def update(model, optimizer, samples, config):
 
 def my_passes(model, samples, config):
     """This process's passes over N Samples: yields indices of n, log pi now and as sampled, entropy
-    (nats, [n, T]), mask. All make as many, for FSDP: some repeat one, with an empty mask."""
+    (nats, [n, T]), mask. All processes make as many, as FSDP's sums of gradients want: one that has
+    none left repeats an earlier one, with an empty mask."""
     passes = micro_batches(samples, config.micro_tokens)
     world = dist.get_world_size()
     total = world * math.ceil(len(passes) / world)
-    for i in tqdm(range(dist.get_rank(), total, world), "training passes", **BAR):
+    for i in tqdm(range(dist.get_rank(), total, world), "passes", **BAR):
         rows = passes[i % len(passes)]
         batch = [samples[j] for j in rows]
         now, entropy, mask = response_logprobs(
@@ -408,8 +409,8 @@ def micro_batches(samples, limit):
             passes.append([i])
     return passes
 
-# ---- 7. The baseline, and the ablations of Table 2 -----------------------------------------------
 
+# ---- 7. The baseline, and the ablations of Table 2 -----------------------------------------------
 def grpo_step(model, tokenizer, optimizer, problems, state, config):
     """GRPO as published (Shao et al. 2024), the paper's baseline: G responses from q, PPO-clip at
     1 +- clip_low (eq. 6's form) on the group's advantages, a mean over the tokens of a response,
@@ -460,15 +461,16 @@ def ablation(config, step):
         "extreme_selection": dict(select=partial(select_segment, target=extreme)),
     }[config.ablation]
 
-# ---- 8. Rollouts, log-probs, evaluation ----------------------------------------------------------
 
+# ---- 8. Rollouts, log-probs, evaluation ----------------------------------------------------------
 NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
 BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: if a terminal
 CHUNK = 16  # tokens sampled between two looks at which rows have ended
 
 def pad(rows, device, side="right"):
-    """Lists of ids -> [N, T], T at least 2; -1 where padded, for a pad id may be an EOS id."""
+    """Lists of ids -> [N, T]; -1 where padded, for a pad id may be an EOS id. T is 2 or more, for
+    of a prompt of one token, too, something must be prefilled."""
     rows = [torch.tensor(row, dtype=torch.long) for row in [*rows, [-1, -1]]]
     return pad_sequence(rows, True, -1, side)[:-1].to(device)
 
@@ -510,7 +512,7 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else None,
         eos_token_id=sorted(eos) or None, pad_token_id=0, output_scores=True,
         return_dict_in_generate=True)
-    bar = tqdm(total=len(waiting), desc="sampling", unit=" responses", **BAR)
+    bar = tqdm(desc="sampling", unit=" tokens", **BAR)
     rows = []
     while rows or waiting:
         if not rows:
@@ -521,20 +523,21 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
             ids.clamp(0), attention_mask=(ids >= 0).long(), max_new_tokens=min(CHUNK, longest),
             synced_gpus=False, **{CACHE: cache})
         drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
-        logprobs = []  # drawn of [N]; zip, for where transformers stops a step late it drops a draw
-        for scores, token in zip(out.scores, drawn.T):
+        logprobs = []  # [drawn][N]
+        for scores, token in zip(out.scores, drawn.T):  # the last scores may lack a token
             logprobs.append(Categorical(logits=scores).log_prob(token))
         logprobs = torch.stack(logprobs, 1).tolist()  # [N][drawn]
         staying = []
         for j, (s, new) in enumerate(zip(rows, drawn.tolist())):
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
-            stop = min(ends + [s.limit - len(s.tokens)])
+            stop = min(ends + [len(new), s.limit - len(s.tokens)])
             s.tokens += new[:stop]
             s.logprobs += logprobs[j][:stop]
             s.finished = stop in ends
+            bar.update(stop)
             if not s.finished and len(s.tokens) < s.limit:
                 staying.append(j)
-        bar.update(len(rows) - len(staying))
+        bar.set_postfix_str(f"{len(staying) + len(waiting)} responses go on")
         rows = [rows[j] for j in staying]
         keep = torch.tensor(staying, dtype=torch.long, device=ids.device)
         ids = torch.cat([ids, drawn], 1)[keep]  # [fewer, S + drawn]
@@ -548,7 +551,7 @@ def rows_that_fit(model, length):
     """How many rows of `length` tokens may be sampled at once, by their keys, values and logits."""
     _, cache = prefill(model, [[0, 0]])
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32
+    logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32, some copies
     memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -617,25 +620,31 @@ OPERATORS = {"+": NUMBERS.add, "-": NUMBERS.subtract, "/": NUMBERS.divide,
              "*": NUMBERS.multiply, "": NUMBERS.multiply}  # 2x is a product
 LEVELS = [r"(.*[^-+*/^])([-+])(.+)", r"(.+)([*/]|(?<=\w)(?=[^\W\d]))(.+)",  # sums, products,
           r"()([-+])(.+)", r"(.+?)(\^)(.+)"]  # signs, powers: the weakest first
-TIDY = [  # in this order; a matrix is a tuple of its rows
+TIDY = [  # in this order
+    (r"\\[lc]?dots(?![a-zA-Z])|\.\.+", "…"), (r"\\neq(?![a-zA-Z])", r"\\ne "),
     (r"\\begin\{[pb]?matrix\}", "(("), (r"(\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
-    (r"\\\\", "),("), ("&", ","), (r"infinity|\\infty|∞", "Ω"), (r"(?<![\\a-z])pi\b", "π"),
-    (r"(?<=\d)(\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""), (r"([\d.]+)[eE]([-+]?\d+)", r"(\1*10^\2)"),
+    (r"\\\\", "),("), ("&", ","),  # a matrix is a tuple of its rows
+    (r"infinity|\\infty|∞", "Ω"), (r"(?<![\\a-z])pi\b", "π"),
+    (r"(?<=\d)(\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
+    (r"([\d.]+)[eE]([-+]?\d+)", r"(\1*10^\2)"),
     (r"\\(left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])|\\[!,;:> ()]|\\?[%$]|~", " "),
     (r"\\((text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \3 "), (r",?\s*\b(and|or)\b", ","),
     (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])),  # \pi is π, \cdot ċ
-    ("−", "-"), ("[×·ċ]", "*"), ("÷", "/"), (r"\*\*", "^"), (r"\\[dtc]frac", r"\\frac"),
+    ("−", "-"), ("[×·ċ]", "*"), ("÷", "/"), (r"\*\*", "^"), (r"\\[dtc](frac|binom)", r"\\\1"),
     (r"(?<![\d.,\s])\s+|\s+(?![\d.,])|[.,\s]+$", ""),  # the space of 2 3 or 12, 144 stays
+    (r"_(\w) (?=\d)", r"_{\1}"),  # log_2 3
     (r"((?:sin|cos|tan|cot|csc|sec).*)|\^\{?ˆ\}?|°", lambda m: m[1] or "degrees"),
     (r"(?<=[\d})π])(square|cubic)?([cmk]m|in|ft|feet|mph|kg|percent|inch(es)?|degrees[CF]|(meter|"
      r"mile|gram|unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)"
-     r"(\^\{?[23]\}?)?(?=,|$)", ""), (r"(?<!\d)\{(\w)\}(?![\d!])", r"\1"),  # x^{2} is x^2
+     r"(\^\{?[23]\}?)?(?=[,)]|$)", ""),
+    (r"(?<!\d)\{(\w)\}(?![\d!])", r"\1"),  # x^{2} is x^2
     (r"^((?:[^\W\d]|[A-Z]{2,3})?(?:_\{?\w+\}?)?(?:\([a-zA-Z,]+\))?)[=∈]((?:[^=∈]|,\1=)*)$",
      lambda m: m[2].replace(f",{m[1]}=", ",")),  # f(x)=5; x=1,x=2
-    (r"^[-+]?\d{1,3}(,\d{3})+(\.\d+)?$", lambda m: m[0].replace(",", "")), (r"\s*,\s*", ","),
-    (r"^[a-zA-Z]{2,}$", lambda m: "'" + m[0].lower()), ("_", "~"),  # a word is not a product
-    (r"\\?sqrt\[(\w+)\]", r"\\root{\1}"), (r"\\?sqrt", r"\\root2"),  # \root{3}{8} is 2
-    (r"(?<![\d.^~/])(?<!\d )(\d+) ?((?<= )\d+/\d+|\\frac(?:\d|\{\d+\}){2})", r"(\1+\2)"),
+    (r"^[-+]?\d{1,3}(,\d{3})+(\.\d+)?$", lambda m: m[0].replace(",", "")),  # 1,000
+    (r"\s*,\s*", ","),
+    (r"^[a-zA-Z]{2,}$", lambda m: "'" + m[0].lower()),  # a word is not a product
+    ("_", "~"), (r"\\?sqrt\[(\w+)\]", r"\\root{\1}"), (r"\\?sqrt", r"\\root2"),  # \root{3}{8} is 2
+    (r"(?<![\w}.^~/])(?<!\d )(\d+) ?((?<= )\d+/\d+|\\frac(?:\d|\{\d+\}){2})", r"(\1+\2)"),  # 2 1/2
     (r"(?<![\w.)~])(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})")]  # 5!
 
 def extract_answer(text):
@@ -669,7 +678,8 @@ def normal_form(text):
 def power(left, right):
     """left^right; of a negative number, an odd root is the real one, another one some number."""
     if left < 0 and right % 1:
-        sign = -1 if ROUNDED.divide(1, right) % 2 == 1 else Decimal("1.37")
+        odd = ROUNDED.divide(1, right) % 2 == 1
+        sign = -1 if odd else NUMBERS.power(Decimal("1.37"), right)
         return NUMBERS.multiply(sign, power(NUMBERS.minus(left), right))
     return NUMBERS.power(left, right)
 
@@ -677,12 +687,12 @@ def value(text, known):
     """The number or tuple that text stands for. Brackets become letters of known, one by one."""
     text = re.sub(r"\\frac(\w) ?(\w)", r"(\1/\2)", text)
     text = re.sub(r"\\root(\w)(\w)", r"(\2^(1/\1))", text)
-    text = re.sub(r"(?<!∪)\w(∪\w)+(?!∪)", lambda m: f"⟨{m[0].replace('∪', ',')}⟩", text)
-    if bracket := re.search(r"(\\?[\[({⟨])([^][(){}⟨⟩\\]*)\\?([])}⟩])", text):  # innermost
+    text = re.sub(r"(?<!∪)\w(∪\w)+(?!∪)", lambda m: f"«{m[0].replace('∪', ',')}»", text)
+    if bracket := re.search(r"(\\?[\[({«])([^][(){}«»\\]*)\\?([])}»])", text):  # innermost
         items = [value(item, known) for item in bracket[2].split(",")]
         if len(items) > 1 or bracket[1] + bracket[3] not in ("()", "{}"):
             items = [x if isinstance(x, tuple) else ROUNDED.normalize(x) for x in items]
-            items = sorted(items, key=str) if bracket[3] in "}⟩" else items
+            items = sorted(items, key=str) if bracket[3] in "}»" else items
             items = [(bracket[1][-1] + bracket[3], *items)]
         letter = chr(ord("一") + len(known))
         known[letter] = items[0]
@@ -695,8 +705,8 @@ def value(text, known):
         known[text] = Decimal(known["sign"] * random.Random(text).uniform(1, 2))
     return known[text] if text in known else NUMBERS.create_decimal(text)
 
-# ---- 10. Problems, prompts, the model ------------------------------------------------------------
 
+# ---- 10. Problems, prompts, the model ------------------------------------------------------------
 class UserError(Exception):
     """A mistake that its maker can mend: shown as one line, without a traceback."""
 
@@ -723,7 +733,8 @@ def load_problems(source):
             continue
         try:
             row = json.loads(line)
-            question = row.get("question", row.get("problem")).encode(errors="replace").decode()
+            question = row.get("question", row.get("problem"))
+            question = question.encode(errors="replace").decode()  # no lone surrogates
             answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
             if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
                 raise ValueError("empty")
@@ -759,10 +770,10 @@ def load_model(config):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True).float()
         model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
-        rows = [[1, 2, 3], [3, 1], [3, 1]]
+        rows = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and a copy
         shared, _, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
         ids = torch.tensor([[3, 1, 5, 4], [-100, -100, 5, 4]], device=device)
-        plain = -model(ids[:1], labels=ids[1:]).loss  # mean log-prob of 5 and 4
+        plain = -model(ids[:1], labels=ids[1:]).loss  # mean log-prob of 5 and 4, after 3 and 1
         if not torch.allclose(shared[2].mean(), plain, atol=1e-3):
             raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
         prompt_ids(tokenizer, "", config.template)  # a chat template may refuse
@@ -807,8 +818,8 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
         optimizer.zero_grad()
     return model.eval(), tokenizer
 
-# ---- 11. Several processes (torchrun); one process is a group of one -----------------------------
 
+# ---- 11. Several processes (torchrun); one process is a group of one -----------------------------
 def join_processes():
     """torchrun's processes, one a GPU, or several on the CPU; without torchrun a group of this one
     alone, so that nothing below asks how many there are. The first one prints. Joins once."""
@@ -850,8 +861,8 @@ def renew_weights(model):
             module.reshard()
             module.unshard()
 
-# ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
 
+# ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
 def begin(model, tokenizer, config, step):
     """(rng, sample, log). Random numbers depend on seed and step alone, so that a resumed run needs
     no others: NumPy's, the same in all processes, and torch's, others in each. sample(prompts, n,
@@ -884,9 +895,10 @@ def load_data(config, model, tokenizer):
         held = min(256, len(train) // 8 or 1)
         tests = {"held-out": train[:held]}
         train = train[held:]
-    segment = min(c.max_new_tokens, c.split_high * max(c.init_length, c.max_new_tokens))
+    segment = c.split_high * max(c.init_length, c.max_new_tokens)  # of the longest L_q
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    room = min(c.max_prompt_tokens, context - c.max_new_tokens - math.ceil(segment))
+    room = context - c.max_new_tokens - min(c.max_new_tokens, math.ceil(segment))
+    room = min(room, c.max_prompt_tokens)
     for name, problems in {"--data": train, **tests}.items():
         if problems is not train and c.eval_problems:
             del problems[c.eval_problems:]
@@ -971,7 +983,7 @@ def train(config):
 
     first = {}  # accuracy of each evaluation set when it was evaluated first
     run = (model, tokenizer, optimizer, problems, state, c)
-    for state.step in range(state.step + c.resume, c.steps + 1):
+    for state.step in range(state.step + c.resume, c.steps + 1):  # step 0 only evaluates
         last = state.step == c.steps
         if state.step:
             if c.algo == "grpo":
@@ -984,12 +996,13 @@ def train(config):
             for name, test in tests.items():
                 row = dict(step=state.step, data=name, **evaluate(model, tokenizer, test, c))
                 worse = row["accuracy"] < first.setdefault(name, row["accuracy"])
-                note = "lower than at first: try --w_up 0, or a lower --lr" if worse else ""
-                log(row, ("accuracy", "pass_at_k", "majority"), f"on {name}  {note}")
+                note = "  lower than at first: try --w_up 0, or a lower --lr" if worse else ""
+                log(row, ("accuracy", "pass_at_k", "majority"), f"on {name}{note}")
         if state.step and (last or c.save_every and state.step % c.save_every == 0):
             save_checkpoint(out, model, optimizer, state)
     return out
 
+# What a Config must be; a text behind # is for the user, who is shown the rule that is broken
 RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
     max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
     prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1

@@ -6,8 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-os.environ["OMP_NUM_THREADS"] = "1"  # so small a model only has threads wait for one another
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")  # threads would wait for one another
 import numpy as np, pytest, skpo, torch, transformers
 from skpo import Config, Problem, Sample, Tracker
 HERE = Path(__file__).parent
@@ -35,8 +34,7 @@ def config(**kwargs):
     return Config(**{**skpo.EMBEDDED, **kwargs})
 def rows_of(out, key):  # a run's rows that have the key, without what differs from run to run
     rows = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
-    differs = ("seconds", "rollout_seconds", "update_seconds", "peak_memory_gb")
-    return [{k: v for k, v in row.items() if k not in differs} for row in rows if key in row]
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows if key in row]
 
 # ---- Config, problems, prompts
 def test_defaults_are_the_papers():
@@ -116,18 +114,21 @@ x \in [1,2]|[1,2];\sqrt[3]{-8}|-2;\frac{\pi}{4}-\frac12|\frac{\pi-2}{4};1,234\%|
 \theta = 30^\circ|30;\boldsymbol{5}|5;(-∞,3]|(-\infty, 3];x=05|5;1°,2°,3°,4°|4,3,2,1
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix};2**3|8
 x=2 \text{ or } x=3|3,2;a_{1}+a_2|a_2+a_1;3\sqrt{2}i|3i\sqrt{2};\$5, \$6|5,6;50^{\circ}\text{C}|50
-\left\{1,2\right\}|\{1, 2\};\text{A}|A;4\pi\text{ cm}^3|4\pi;\frac{5!}{2!3!}|10;x \leq 5|x\le 5"""
+\left\{1,2\right\}|\{1, 2\};\text{A}|A;4\pi\text{ cm}^3|4\pi;\frac{5!}{2!3!}|10;x \leq 5|x\le 5
+\sqrt{2}\frac12|\frac{\sqrt2}{2};\frac12\frac34|\frac38;x\neq3|x \ne 3;1,\ldots|1,\dots
+\log_{2} 3|\log_2 3"""
 DIFFERENT = r"""5|6;0.33|1/3;0.333333|1/3;1.414|\sqrt2;(1,2)|(2,1);(0,1)|[0,1];[0,1)|[0,1];1|-1;x|y
 x+1|x+2;C|D;yes|no;\infty|-\infty;\{1,2\}|\{1,3\};\{1,2\}|\{1,2,3\};\{1,1\}|\{1,2\};\sqrt{x^2}|x
 100!|99!;10^{100}|10^{100}+1;2^{100}|2^{100}+1;9^{9^{9^9}}|1;1/0|1/0+1;1000|1,001;(1,2)|12;12|1,2
 [1,2]|\{1,2\};\frac{0}{0}|0;i|-i;\sin x|\cos x;50\%|5;50\%|0.5;x=5|6;99999999!|1;0.1|0.10001;1 000|0
-2 3|6;a_1|c_0;2 ab|2;3 xy|3 zw;5 million|5;1234567|1234568.0;\frac13|0.3333;2^{2024}+1|2^{2024}-1
-1-\frac{1}{2^{2024}}|1;2^{-2024}|3^{-2024};12144|12, 144;\log_{2}34|\log_{23}4
-2\text{ ft }6\text{ in}|26;3\text{ to }5|35;3\text{ million}|3;\sin 30^\circ|\sin 30;2 squared|2
-5 factorial|5;1450000.5|1450000;x=1,y=2|x=2,y=1;2 dozens|2;2\text{ dozens}|2;\log 2|\ln 2;3!!|720
-\$1\$2|12;5%3|53;5^\circ3|53;no|on;x+y=5|5;xy=5|5;-(1,2)|();-(1,2)|(1,2);2(1,2)|(1,2,1,2)
-10^{100}+10^{-100}|10^{100};|x|/x|1-i;1e-999|0;x<5|x<6;x\le5|x<5;3:4|3/4;3 pm|3 am
-3\text{ pm}|3\text{ am};12\text{ mod }5|12;(0,1)\cup(2,3),(4,5)|(0,1),(2,3)\cup(4,5)
+2 3|6;a_1|c_0;\langle1,2\rangle|\langle2,1\rangle;(-1)^n|(-1)^{n+1};1,2,...|1,2;2 ab|2;3 xy|3 zw
+5 million|5;1234567|1234568.0;\frac13|0.3333;2^{2024}+1|2^{2024}-1;1-\frac{1}{2^{2024}}|1
+2^{-2024}|3^{-2024};12144|12, 144;\log_{2}34|\log_{23}4;2\text{ ft }6\text{ in}|26;3\text{ to }5|35
+3\text{ million}|3;\sin 30^\circ|\sin 30;2 squared|2;5 factorial|5;1450000.5|1450000;x=1,y=2|x=2,y=1
+2 dozens|2;2\text{ dozens}|2;\log 2|\ln 2;3!!|720;\$1\$2|12;5%3|53;5^\circ3|53;no|on;x+y=5|5;xy=5|5
+-(1,2)|();-(1,2)|(1,2);2(1,2)|(1,2,1,2);10^{100}+10^{-100}|10^{100};|x|/x|1-i;1e-999|0;x<5|x<6
+x\le5|x<5;3:4|3/4;3 pm|3 am;3\text{ pm}|3\text{ am};12\text{ mod }5|12
+(0,1)\cup(2,3),(4,5)|(0,1),(2,3)\cup(4,5)
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&2\\3&5\end{pmatrix};2^{3}5|2^{35}
 (1,2,3,4)|\begin{pmatrix}1&2\\3&4\end{pmatrix};1 1 1/2|3/2;2g|2;5m|5;3\mathrm{i}|3;\{1,2\},3|1,2,3
 \frac123|\frac{1}{23};-2\frac{1}{2}|-1.5;-2^2|4;2^{3^2}|64;1.5.5|7.5;(1,234)|1234;x=1,2|x=1,3
@@ -224,10 +225,10 @@ def test_samples_come_from_the_policy(tiny, monkeypatch, chunk):
     assert np.abs(share - truth).sum() / 2 < 0.05  # total variation
 
 def test_prompts_take_turns_where_the_memory_is_short(tiny, monkeypatch):
-    monkeypatch.setattr(skpo, "rows_that_fit", lambda model, length: 6)
+    monkeypatch.setattr(skpo, "rows_that_fit", lambda model, length: 5)  # no whole prompts
     monkeypatch.setattr(tiny[0], "generate", spy := MagicMock(side_effect=tiny[0].generate))
     check_samples(*tiny, 3, [4, 5, 6, 7])
-    assert max(len(call.args[0]) for call in spy.call_args_list) == 6
+    assert max(len(call.args[0]) for call in spy.call_args_list) == 5
 
 def test_greedy_and_without_eos(tiny):
     model, tokenizer = copy.deepcopy(tiny)
@@ -611,8 +612,7 @@ def test_a_lower_accuracy_is_said_aloud(quick, tmp_path, capsys, monkeypatch):
     scores = [dict(accuracy=x, majority=0, pass_at_k=0, samples=1) for x in (0.5, 0.6, 0.4)]
     monkeypatch.setattr(skpo, "evaluate", MagicMock(side_effect=scores))
     skpo.train(Config(**short(tmp_path, save_every=0)))
-    shown = capsys.readouterr().out
-    assert shown.index("--w_up 0") > shown.index("0.400")
+    assert re.findall(r"accuracy (\S+).*--w_up 0", capsys.readouterr().out) == ["0.400"]
 
 KILLED = """import os, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -671,7 +671,7 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
     ("--lr fast", "invalid float"), ("--rho_min 0.99", "<= rho_max"), ("--clip_low 1", "low < 1"),
     ("--temperature 0", "steps == 0"), ("--algo grpo --ablation no_mc", "ablation == 'none'"),
     ("--algo ppo", "invalid choice"), ("--resume --out @/run", "no checkpoint"),
-    ("--resume --out @/torn", "cannot resume")])
+    ("--resume --out @/torn", "cannot resume"), ("--resume --out @/torn --steps 0", "steps")])
 def test_a_mistake_gets_one_line(files, quick, capsys, arguments, words):
     before = {p: p.read_bytes() for p in files.rglob("*") if p.is_file()}
     arguments = f"--out @/fresh {arguments}".replace("@", str(files))  # the last --out counts
@@ -697,8 +697,7 @@ def two_processes(tmp_path, code, *arguments):  # runs Python code on two proces
     command += [script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=90)
 def three_steps(tiny):  # logs, gradients and weights of steps of 3, 1 and 3 passes
-    model, samples = off_policy(tiny)
-    c = config(micro_tokens=40)
+    model, samples, c = *off_policy(tiny), config(micro_tokens=40)
     skpo.shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     kept = keep_gradients(optimizer)
