@@ -81,7 +81,7 @@ class Config:
     tau: float = 8.0  # trackers: the divergence that halves the memory, nats
     explore_eps: float = 0.05  # added to the weight with which a prompt is drawn
     template: Literal["auto", "none"] = "auto"  # auto: ask for a box, in the chat template if any
-    micro_tokens: int = 4096  # tokens in a training pass: fewer take less memory
+    micro_tokens: int = 4096 if torch.cuda.is_available() else 1024  # tokens in a training pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on a GPU
     seed: int = 0  # the same seed gives the same numbers on the same machine, if it is a CPU
     eval_every: int = 50  # steps between evaluations, one before the first step too; 0: none
@@ -91,11 +91,10 @@ class Config:
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
 # Defaults of the embedded model, and of any other one without a GPU (w_up: README, noise.py)
-EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10,
-                micro_tokens=1024)
+EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10)
 SMALL = dict(steps=20, prompts_per_step=8, minibatches=2, group_size=4, max_new_tokens=128,
-             lr=1e-5, w_up=0.0, init_length=64, micro_tokens=1024, eval_every=10, eval_samples=1,
-             eval_problems=16, save_every=10)
+             lr=1e-5, w_up=0.0, init_length=64, eval_every=10, eval_samples=1, eval_problems=16,
+             save_every=10)
 
 @dataclass
 class Sample:
@@ -951,6 +950,7 @@ def load_checkpoint(out, model, optimizer, state):
 def train(config):
     """Evaluates, trains config.steps steps, evaluates again. Returns the run's folder."""
     c = config
+    check_config(c)
     join_processes()
     if c.model == "embedded":
         torch.set_num_threads(1)  # so small a model only has threads wait for one another
@@ -1031,10 +1031,10 @@ def parse_config(argv):
         parser.set_defaults(**SMALL)
         paper = " ".join(f"--{name} {getattr(Config, name)}" for name in SMALL)
         print(f"no GPU: a small plan, for what no flag sets; the paper's: {paper}")
-    return check_config(Config(**vars(parser.parse_args(argv))))
+    return Config(**vars(parser.parse_args(argv)))
 
 def check_config(config):
-    """The config, if its flags make sense. What is evaluated is RULES, never input."""
+    """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: wanted is a number from 0 up")
@@ -1044,7 +1044,6 @@ def check_config(config):
     for path in [config.data, *config.eval_data.split(",")]:  # before minutes go by for the model
         if path not in ("", "sums", "arithmetic") and not Path(path).is_file():
             raise UserError(f"there is no file {path}")
-    return config
 
 def main(argv=None):
     """Runs; a mistake of the user's ends in one line and an exit code that is not 0."""
