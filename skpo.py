@@ -115,14 +115,16 @@ class Sample:
 def split_position(length, rng, low=1 / 6, high=1 / 2):
     """Where an upstream segment pauses: t_q ~ Uniform[low * L_q, high * L_q] (eq. 2).
     length: L_q, tokens; rng: NumPy's or random's -> int, tokens, at least 1."""
-    return max(1, round(rng.uniform(low * length, high * length)))
+    t_q = rng.uniform(low * length, high * length)
+    return max(1, round(t_q))
 
 def cut_segment(sample):
     """A segment that ended before its pause is cut to half of its length (Section 3.1).
     paper silent: EOS is not counted; an EOS on the very token of the pause is an end."""
     if not sample.finished:
         return sample
-    half = max(1, (len(sample.tokens) - 1) // 2)
+    length = len(sample.tokens) - 1
+    half = max(1, length // 2)
     return replace(sample, tokens=sample.tokens[:half], logprobs=sample.logprobs[:half],
                    finished=False, complete=sample.tokens)
 
@@ -163,7 +165,8 @@ class Tracker:
         """indices [B], distinct; observations [B]; divergences [B]: D since the last visit, nats.
         With tau = 8 nats rho is rho_max at nearly every visit: a memory of 25 observations."""
         D = np.asarray(divergences, float)
-        rho = np.clip(2.0 ** (-D / self.tau), self.rho_min, self.rho_max)
+        rho = 2.0 ** (-D / self.tau)
+        rho = rho.clip(self.rho_min, self.rho_max)
         N = rho * self.count[indices] + 1
         error = np.asarray(observations, float) - self.value[indices]
         self.value[indices] += error / N  # the first observation replaces the initial value
@@ -201,7 +204,8 @@ def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, c
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs.detach() - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -(weights * clipped * A * logprobs).sum()
+    J = weights * clipped * A * logprobs
+    return -J.sum()
 
 def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.2):
     """J_up (eq. 6): -sum w min(r A, clip(r, 1 - low, 1 + high) A), PPO's: a token clipped in its
@@ -210,7 +214,8 @@ def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, cli
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -(weights * torch.minimum(ratio * A, clipped * A)).sum()
+    J = weights * torch.minimum(ratio * A, clipped * A)
+    return -J.sum()
 
 
 # ---- 5. The training step: Section 3, in its order -----------------------------------------------
