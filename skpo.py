@@ -383,6 +383,7 @@ def my_passes(model, samples, config):
     """This process's passes over N Samples: yields indices of n, log pi now and as sampled, entropy
     (nats, [n, T]), mask. All processes make as many, as FSDP's sums of gradients want: one that has
     none left repeats an earlier one, with an empty mask."""
+    join_processes()
     passes = micro_batches(samples, config.micro_tokens)
     world = dist.get_world_size()
     total = world * math.ceil(len(passes) / world)
@@ -772,13 +773,14 @@ def load_model(config):
         source = f"Qwen/{source}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True).float()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
+                                                     use_safetensors=True)
         model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
         rows = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and a copy
         shared, _, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
-        ids = torch.tensor([[3, 1, 5, 4], [-100, -100, 5, 4]], device=device)
-        plain = -model(ids[:1], labels=ids[1:]).loss  # mean log-prob of 5 and 4, after 3 and 1
-        if not torch.allclose(shared[2].mean(), plain, atol=1e-3):
+        logits = model(torch.tensor([[3, 1, 5, 4]], device=device)).logits[0]  # [4, V]
+        plain = logits.float().log_softmax(1)[[1, 2], [5, 4]]  # [2]: of 5 and 4, after 3 and 1
+        if not torch.allclose(shared[2], plain, atol=1e-3):
             raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
         prompt_ids(tokenizer, "", config.template)  # a chat template may refuse
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
@@ -871,6 +873,7 @@ def begin(model, tokenizer, config, step):
     """(rng, sample, log). Random numbers depend on seed and step alone, so that a resumed run needs
     no others: NumPy's, the same in all processes, and torch's, others in each. sample(prompts, n,
     limits) -> [P][n] Samples is `generate`, the prompts dealt out to the processes."""
+    join_processes()
     rng = np.random.default_rng([config.seed, step])
     torch.manual_seed(int(rng.integers(2**62)) + dist.get_rank())
     renew_weights(model)
@@ -911,7 +914,8 @@ def load_data(config, model, tokenizer):
         kept = [p for p in problems if 0 < len(p.ids) <= room]
         dropped = len(problems) - len(kept)
         problems[:] = kept
-        print(f"{name}: {len(kept)} problems, {dropped} dropped for prompts over {room} tokens")
+        print(f"{name}: {len(kept)} problems, {dropped} dropped; --max_prompt_tokens and the "
+              f"model's context leave {room} tokens for a prompt")
         if len(kept) < (c.prompts_per_step if problems is train and c.steps else 1):
             raise UserError(f"{name}: {len(kept)} problems are too few: lower --prompts_per_step, "
                             "or --max_new_tokens, which leaves more of the context to a prompt")
@@ -919,7 +923,7 @@ def load_data(config, model, tokenizer):
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def save_checkpoint(out, model, optimizer, state):
+def save_checkpoint(out, model, tokenizer, optimizer, state):
     """The model, and all that a run needs to go on in one file that takes its name by a rename: a
     kill leaves the old one or the new. What the log holds beyond `size` is cut off on resume."""
     weights, moments = sharded.get_state_dict(model, optimizer, options=WHOLE)
@@ -930,11 +934,12 @@ def save_checkpoint(out, model, optimizer, state):
     last = {i: vars(s) for i, s in state.last.items()}
     size = (out / "metrics.jsonl").stat().st_size
     try:
-        torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")
+        tokenizer.save_pretrained(out / "model")
         model.save_pretrained(out / "model", state_dict=weights)
+        torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
+        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # last: else it is done again
     except Exception as error:  # a full disk has many names
-        raise UserError(f"not all is saved, but an older checkpoint.pt is whole: {error}") from None
+        raise UserError(f"no checkpoint saved, an older one is untouched: {error}") from None
 
 def load_checkpoint(out, model, optimizer, state):
     """Puts model, optimizer, state and the log back where save_checkpoint saw them."""
@@ -971,9 +976,7 @@ def train(config):
     optimizer.param_groups[0]["weight_decay"] = c.weight_decay  # a flag may change it on resume
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if c.steps:  # evaluation alone leaves a run as it is
-            (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
-            tokenizer.save_pretrained(out / "model")
+        (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
     print(f"{c.model}: {model.num_parameters() / 1e6:.2f}M parameters, {dist.get_world_size()} x "
           f"{model.device}\n{out}: {c.algo}, ablation {c.ablation}, steps {state.step + 1} to "
           f"{c.steps} of {c.prompts_per_step} prompts x {c.group_size} responses of up to "
@@ -1004,14 +1007,14 @@ def train(config):
                 note = "  lower than at first: try --w_up 0, or a lower --lr" if worse else ""
                 log(row, ("accuracy", "pass_at_k", "majority"), f"on {name}{note}")
         if state.step and (last or c.save_every and state.step % c.save_every == 0):
-            save_checkpoint(out, model, optimizer, state)
+            save_checkpoint(out, model, tokenizer, optimizer, state)
     return out
 
 # What a Config must be; a text behind # is for the user, who is shown the rule that is broken
 RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
     max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
     prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1
-    0 < split_low <= split_high <= 1; temperature > 0 or steps == 0
+    0 < split_low <= split_high <= 1; temperature > 0 or steps == 0; micro_tokens > 0
     algo == 'skpo' or ablation == 'none'; not resume or out and steps  # --resume needs --out, steps
     not resume or Path(out, 'checkpoint.pt').is_file()  # there is no checkpoint in --out
     resume or not out or not Path(out, 'metrics.jsonl').exists()  # --out holds a run: see --resume

@@ -394,7 +394,7 @@ def off_policy(tiny):  # a copy of the model that has moved from where it sample
     model.model.norm.weight.data *= 1.3
     return model, batch_of(*tiny)
 
-@pytest.mark.parametrize("micro_tokens, limit", [(1, 1e9), (40, 1e9), (10**6, 1e9), (0, 0.01)])
+@pytest.mark.parametrize("micro_tokens, limit", [(1, 1e9), (40, 1e9), (10**6, 1e9), (99, 0.01)])
 def test_any_micro_tokens_gives_the_plain_step(tiny, micro_tokens, limit):
     model, samples = off_policy(tiny)
     c = config(micro_tokens=micro_tokens, max_grad_norm=limit, w_up=0.7, w_down=0.4)
@@ -639,10 +639,11 @@ def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
 def test_a_full_disk_costs_no_older_checkpoint(quick, tmp_path, monkeypatch):
     skpo.train(Config(**short(tmp_path, steps=1, eval_every=0)))
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(torch, "save", MagicMock(side_effect=RuntimeError("No space left")))
-    with pytest.raises(SystemExit, match="No space left"):
-        skpo.main(["--resume", f"--out={tmp_path}", "--steps=2"])
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    for owner, name in (torch, "save"), (transformers.PreTrainedModel, "save_pretrained"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left"):
+            patch.setattr(owner, name, MagicMock(side_effect=RuntimeError("No space left")))
+            skpo.main(["--resume", f"--out={tmp_path}", "--steps=2"])
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 # ---- The user's mistakes
 @pytest.fixture
@@ -682,8 +683,7 @@ def test_a_mistake_gets_one_line(files, quick, capsys, arguments, words):
     assert {p: p.read_bytes() for p in files.rglob("*") if p.is_file()} == before
 
 def test_a_run_is_not_resumed_with_other_data(files, folder):
-    out = files / "new"
-    skpo.main(flags(out, folder, steps=1, eval_every=0, data=files / "good"))
+    skpo.main(flags(out := files / "new", folder, steps=1, eval_every=0, data=files / "good"))
     before = rows_of(out, "step")
     with pytest.raises(SystemExit, match="it knows 14 problems, --data has 1792"):
         skpo.main(["--resume", f"--out={out}", "--data=arithmetic", "--steps=2"])
