@@ -641,7 +641,7 @@ TIDY = [  # in this order
     (r"((?:sin|cos|tan|cot|csc|sec).*)|\^\{?ˆ\}?|°", lambda m: m[1] or "degrees"),
     (r"(?<=[\d})π])(square|cubic)?([cmk]m|in|ft|feet|mph|kg|percent|inch(es)?|degrees[CF]|(meter|"
      r"mile|gram|unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)"
-     r"(\^\{?[23]\}?)?(?=[,)]|$)", ""),
+     r"(\^\{?[23]\}?)?(?=,|$)", ""),
     (r"(?<!\d)\{(\w)\}(?![\d!])", r"\1"),  # x^{2} is x^2
     (r"^((?:[^\W\d]|[A-Z]{2,3})?(?:_\{?\w+\}?)?(?:\([a-zA-Z,]+\))?)[=∈]((?:[^=∈]|,\1=)*)$",
      lambda m: m[2].replace(f",{m[1]}=", ",")),  # f(x)=5; x=1,x=2
