@@ -399,11 +399,11 @@ def my_passes(model, samples, config):
 def micro_batches(samples, limit):
     """Cuts N Samples into passes of at most `limit` tokens, padding counted, and a prompt that rows
     share counted once; a longer row goes alone. Returns lists of row indices."""
-    def order(i):  # like lengths together (a class spans a factor of sqrt 2), then equal prompts
-        return round(2 * math.log2(len(samples[i].tokens))), samples[i].prompt
-
+    # like lengths together (a class spans a factor of sqrt 2), then equal prompts
+    classes = [round(2 * math.log2(len(s.tokens))) for s in samples]
+    order = sorted((classes[i], s.prompt, i) for i, s in enumerate(samples))
     passes = []
-    for i in sorted(range(len(samples)), key=order):
+    for _, _, i in order:
         rows = passes[-1] + [i] if passes else [i]
         prompts = {tuple(samples[j].prompt) for j in rows}
         padded = len(prompts) * max(map(len, prompts))
@@ -420,18 +420,18 @@ def grpo_step(model, tokenizer, optimizer, problems, state, config):
     """GRPO as published (Shao et al. 2024), the paper's baseline: G responses from q, PPO-clip at
     1 +- clip_low (eq. 6's form) on the group's advantages, a mean over the tokens of a response,
     then over responses, no KL. paper silent: prompts are chosen as for SKPO, with D = 0."""
-    c = config
-    rng, sample, log = begin(model, tokenizer, c, state.step)
-    chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
+    rng, sample, log = begin(model, tokenizer, config, state.step)
+    B = config.prompts_per_step
+    chosen = choose_prompts(state.values.value, B, rng, config.explore_eps)  # [B]
     q = [problems[i] for i in chosen]  # [B] Problems
-    responses = sample([p.ids for p in q], c.group_size)  # [B][G]
+    responses = sample([p.ids for p in q], config.group_size)  # [B][G]
     R = grade(tokenizer, q, responses)  # [B, G]
-    rows = c.prompts_per_step // c.minibatches * c.group_size
+    rows = B // config.minibatches * config.group_size  # of a mini-batch
     for o, A in zip(sum(responses, []), group_advantages(R).flatten().tolist()):
         o.upstream = True  # the form of eq. 6
         o.advantage = A
         o.weight = 1 / (len(o.tokens) * rows)
-    learn(model, optimizer, responses, responses, R, replace(c, w_up=1.0), log)
+    learn(model, optimizer, responses, responses, R, replace(config, w_up=1.0), log)
     state.values.update(chosen, R.mean(1), np.zeros(len(chosen)))
     return log
 
