@@ -1010,15 +1010,15 @@ def train(config):
             save_checkpoint(out, model, tokenizer, optimizer, state)
     return out
 
-# What a Config must be; a text behind # is for the user, who is shown the rule that is broken
+# What a Config must be. Of a rule that is broken the user is shown the text behind #, or itself.
 RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
     max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
     prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1
     0 < split_low <= split_high <= 1; temperature > 0 or steps == 0; micro_tokens > 0
     algo == 'skpo' or ablation == 'none'; not resume or out and steps  # --resume needs --out, steps
-    not resume or Path(out, 'checkpoint.pt').is_file()  # there is no checkpoint in --out
-    resume or not out or not Path(out, 'metrics.jsonl').exists()  # --out holds a run: see --resume
-    model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # there is no such folder
+    not resume or Path(out, 'checkpoint.pt').is_file()  # --resume: there is no checkpoint in --out
+    resume or not out or not Path(out, 'metrics.jsonl').exists()  # --out holds a run: use --resume
+    model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # --model: there is no such folder
     model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
 
 def parse_config(argv):
@@ -1047,8 +1047,9 @@ def check_config(config):
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: wanted is a number from 0 up")
     for rule in re.split(r"\s*[;\n]\s*", RULES):
-        if not eval(rule, {"Path": Path}, vars(config)):
-            raise UserError(f"wrong flags: wanted is {rule}")
+        condition, _, words = rule.partition("  # ")
+        if not eval(condition, {"Path": Path}, vars(config)):
+            raise UserError(words or f"wrong flags: wanted is {condition}")
     for path in [config.data, *config.eval_data.split(",")]:  # before minutes go by for the model
         if path not in ("", "sums", "arithmetic") and not Path(path).is_file():
             raise UserError(f"there is no file {path}")
