@@ -510,19 +510,24 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     every = [Sample([], [], False, p, limit=x) for p, x in zip(prompts, limits) for _ in range(n)]
     fit = rows_that_fit(model, max([len(s.prompt) + s.limit for s in every], default=0))
-    waiting = every  # [P * n]
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
     eos = {tokenizer.eos_token_id, *np.ravel(own.eos_token_id).tolist()} - {None}
     model.generation_config = GenerationConfig(
         do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else None,
         eos_token_id=sorted(eos) or None, pad_token_id=0, output_scores=True,
         return_dict_in_generate=True)
+    try:
+        for i in range(0, len(every), fit):
+            sample_rows(model, every[i:i + fit], eos)
+    finally:
+        model.generation_config = own
+    return [every[i:i + n] for i in range(0, len(every), n)]  # [P][n]
+
+def sample_rows(model, rows, eos):
+    """Samples from model.generation_config until each of N Samples has an EOS or met its limit."""
     bar = tqdm(desc="sampling", unit=" tokens", **BAR)
-    rows = []
-    while rows or waiting:
-        if not rows:
-            rows, waiting = waiting[:fit], waiting[fit:]
-            ids, cache = prefill(model, [s.prompt for s in rows])  # [N, S]
+    ids, cache = prefill(model, [s.prompt for s in rows])  # [N, S]
+    while rows:
         longest = max(s.limit - len(s.tokens) for s in rows)
         out = model.generate(
             ids.clamp(0), attention_mask=(ids >= 0).long(), max_new_tokens=min(CHUNK, longest),
@@ -542,15 +547,13 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
             bar.update(stop)
             if not s.finished and len(s.tokens) < s.limit:
                 staying.append(j)
-        bar.set_postfix_str(f"{len(staying) + len(waiting)} responses go on")
+        bar.set_postfix_str(f"{len(staying)} responses go on")
         rows = [rows[j] for j in staying]
         keep = torch.tensor(staying, dtype=torch.long, device=ids.device)
         ids = torch.cat([ids, drawn], 1)[keep]  # [fewer, S + drawn]
         cache.batch_select_indices(keep)
         del out  # its logits are large
     bar.close()
-    model.generation_config = own
-    return [every[i:i + n] for i in range(0, len(every), n)]  # [P][n]
 
 def rows_that_fit(model, length):
     """How many rows of `length` tokens may be sampled at once, by their keys, values and logits."""
@@ -1060,6 +1063,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     try:
         train(parse_config(argv))
+        dist.barrier()  # none leaves while another still saves
         dist.destroy_process_group()
     except (UserError, OSError, json.JSONDecodeError) as error:
         sys.exit(" ".join(f"skpo.py: {error}".split())[:400])

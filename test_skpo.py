@@ -203,7 +203,8 @@ def check_samples(model, tokenizer, n, budgets, eos={13}, temperature=1.0):
 def test_recorded_logprobs_are_a_fresh_forwards(tiny, temperature):
     model = hostile_copy(tiny, eos=[13, 4])
     check_samples(model, tiny[1], 5, [40, 3, 70, 1], {13, 4}, temperature)
-    assert model.generation_config.top_k == 2  # put back
+    pytest.raises(IndexError, skpo.generate, model, tiny[1], [[99]], 1, 2)  # no such token
+    assert model.generation_config.top_k == 2  # put back, both times
 
 @pytest.mark.skipif(LATE is None, reason="this transformers stops in time")
 def test_logprobs_stay_aligned_if_transformers_stops_a_step_late(tiny, monkeypatch):
@@ -631,8 +632,7 @@ def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
         assert subprocess.run(command, timeout=60).returncode == -9
         assert (killed / "checkpoint.tmp").exists() == (name == "os.replace")
         arguments = ["--resume", f"--out={killed}"]
-    rows = (killed / "metrics.jsonl").read_text()
-    (killed / "metrics.jsonl").write_text(rows + '{"step": 99, "torn')
+    print('{"step": 99, "torn', end="", file=(killed / "metrics.jsonl").open("a"), flush=True)
     skpo.main(arguments)
     assert rows_of(killed, "step") == rows_of(whole, "step")
 
