@@ -375,7 +375,8 @@ def update(model, optimizer, samples, config):
         raise UserError("the gradient is not a finite number: --resume with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
-    renew_weights(model)
+    each_shard(model, "reshard")  # the step has moved the masters
+    each_shard(model, "unshard")
     names = ("tokens", "ratio", "clip_fraction", "entropy", "grad_norm")
     return dict(zip(names, [*sums.tolist(), norm]))
 
@@ -494,8 +495,8 @@ def forward(model, ids, cache):
 def prefill(model, prompts):
     """N prompts -> ids [N, S], padded at the left, and a cache of all but the last token of each.
     Equal prompts are run once, in training too."""
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=model.device)  # [N]
+    unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([unique[tuple(p)] for p in prompts], device=model.device)  # [N]
     ids = pad(unique, model.device, "left")  # [P, S]
     cache = DynamicCache(config=model.config)
     forward(model, ids[:, :-1], cache)
@@ -562,8 +563,8 @@ def rows_that_fit(model, length):
     logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32, some copies
     memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-        memory = 0.7 * torch.cuda.mem_get_info()[0]
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
     return max(1, int(memory // (token * (length + CHUNK) + logits)))
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
@@ -617,13 +618,14 @@ def evaluate(model, tokenizer, problems, config):
     return dict(accuracy=right.mean(), pass_at_k=right.any(1).mean(), majority=np.mean(majority),
                 samples=k, problems=len(problems))
 
+
 # ---- 9. Rewards: is the last box right? ----------------------------------------------------------
 # Answers are equal if their normal forms are. Model output is untrusted: it is read, never run.
 
 NUMBERS = Context(prec=300, Emin=-100, Emax=100,
                   traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])  # beyond 10^+-100
 ROUNDED = Context(prec=210)  # what is compared
-KNOWN = {"e": Decimal(math.e), "π": Decimal(math.pi)}  # of other letters "sign" is
+KNOWN = {"e": Decimal(math.e), "π": Decimal(math.pi)}  # other letters: numbers of known["sign"]
 OPERATORS = {"+": NUMBERS.add, "-": NUMBERS.subtract, "/": NUMBERS.divide,
              "*": NUMBERS.multiply, "": NUMBERS.multiply}  # 2x is a product
 LEVELS = [r"(.*[^-+*/^])([-+])(.+)", r"(.+)([*/]|(?<=\w)(?=[^\W\d]))(.+)",  # sums, products,
@@ -720,9 +722,10 @@ class UserError(Exception):
 
 @dataclass
 class Problem:
+    """A question, its reference answer and, once it is tokenised, the ids of its prompt."""
     question: str
-    answer: str  # the reference
-    ids: list = None  # of its prompt, once it is tokenised
+    answer: str
+    ids: list = None
 
 def load_problems(source):
     """The Problems of a JSON-lines file ("question" or "problem", and "answer": text, number, or
@@ -860,15 +863,13 @@ def shard(model, config):
         module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # makes model the root
-    for module in blocks + [model]:
-        module.reshard()  # an optimiser wants the masters
+    each_shard(model, "reshard")  # an optimiser wants the masters
 
-def renew_weights(model):
-    """Makes the weights that compute anew from the master weights, which a step has moved."""
+def each_shard(model, do):
+    """reshard: frees the weights that compute; unshard: makes them of the masters, if not there."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()
-            module.unshard()
+            getattr(module, do)()
 
 
 # ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
@@ -879,7 +880,7 @@ def begin(model, tokenizer, config, step):
     join_processes()
     rng = np.random.default_rng([config.seed, step])
     torch.manual_seed(int(rng.integers(2**62)) + dist.get_rank())
-    renew_weights(model)
+    each_shard(model, "unshard")
     log = dict(step=step, start=time.perf_counter(), tokens=0)
 
     def sample(prompts, n, limits=config.max_new_tokens):

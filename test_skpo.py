@@ -424,7 +424,7 @@ def test_bfloat16_computes_and_float32_is_trained(tiny):
     model, c = copy.deepcopy(tiny[0]), config(dtype="bfloat16")
     skpo.shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0)
-    skpo.renew_weights(model)
+    skpo.each_shard(model, "unshard")
     _, cache = skpo.prefill(model, [[1, 2, 3]])
     log = skpo.update(model, optimizer, batch_of(model, tiny[1]), c)
     after = [p.full_tensor() for p in optimizer.param_groups[0]["params"]]
@@ -701,7 +701,7 @@ def three_steps(tiny):  # logs, gradients and weights of steps of 3, 1 and 3 pas
     skpo.shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     kept = keep_gradients(optimizer)
-    skpo.renew_weights(model)
+    skpo.each_shard(model, "unshard")
     logs = [skpo.update(model, optimizer, part, c) for part in (samples, samples[1:3], samples)]
     weights = skpo.sharded.get_model_state_dict(model, options=skpo.WHOLE)
     return [torch.tensor([*log.values()]) for log in logs], *kept, [*weights.values()]
