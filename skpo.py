@@ -939,7 +939,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, state):
     size = (out / "metrics.jsonl").stat().st_size
     try:
         tokenizer.save_pretrained(out / "model")
-        model.save_pretrained(out / "model", state_dict=weights)
+        model.save_pretrained(out / "model", state_dict=dict(weights))  # which it empties
         torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # last: else it is done again
     except Exception as error:  # a full disk has many names

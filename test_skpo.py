@@ -623,9 +623,8 @@ def kill_at(count, function):
     return lambda *a: function(*a) if next(left) else os.kill(os.getpid(), 9)
 """
 def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    skpo.main(flags(whole, folder))
-    arguments = flags(killed, folder)
+    skpo.main(flags(whole := tmp_path / "whole", folder))
+    arguments = flags(killed := tmp_path / "killed", folder)
     for name, count in (("os.replace", 2), ("skpo.update", 6), ("skpo.tqdm.write", 2)):
         code = f"{KILLED}{name} = kill_at({count}, {name}); skpo.main()"
         command = [sys.executable, "-c", code, str(HERE), *arguments]
@@ -637,8 +636,9 @@ def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
     assert rows_of(killed, "step") == rows_of(whole, "step")
 
 def test_a_full_disk_costs_no_older_checkpoint(quick, tmp_path, monkeypatch):
-    skpo.train(Config(**short(tmp_path, steps=1, eval_every=0)))
+    skpo.train(Config(**short(tmp_path, steps=1, eval_every=0, dtype="bfloat16")))
     before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert {*torch.load(tmp_path / "checkpoint.pt")[0]} == {*skpo.embedded_model(0)[0].state_dict()}
     for owner, name in (torch, "save"), (transformers.PreTrainedModel, "save_pretrained"):
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left"):
             patch.setattr(owner, name, MagicMock(side_effect=RuntimeError("No space left")))
