@@ -313,7 +313,7 @@ def policy_drift(model, segments, config):
     segment kept then of |log pi_then - log pi_now|. B Samples -> [B] nats. paper silent: after
     SPO's code, but on s alone (SPO: the whole response) and before the update (SPO: after it)."""
     D = torch.zeros(len(segments), device=model.device)
-    for rows, now, then, _, mask in my_passes(model, segments, config):
+    for rows, now, then, mask in my_passes(model, segments, config):
         moved = (now - then).abs() * mask  # [N, T]
         D[rows] += moved.sum(1) / mask.sum(1).clamp(1)
     dist.all_reduce(D)
@@ -332,7 +332,7 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
     sums = Counter()
     for b in range(0, len(groups), size):
         sums.update(update(model, optimizer, sum(groups[b:b + size], []), config))
-    for name in ("clip_fraction", "ratio", "entropy"):
+    for name in ("clip_fraction", "ratio"):
         log[name] = sums[name] / sums["tokens"] if sums["tokens"] else None  # nothing to train on
     every = sum(responses, [])
     end = time.perf_counter()
@@ -341,6 +341,7 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
         zero_advantage=(rewards.std(1) == 0).mean(),
         response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
         truncated=np.mean([not o.finished for o in every]),
+        entropy=-np.mean(sum([o.logprobs for o in every], [])),  # of the policy that sampled, nats
         grad_norm=sums["grad_norm"] / config.minibatches,
         rollout_seconds=sampled - log["start"], update_seconds=end - sampled,
         seconds=end - log.pop("start"), peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
@@ -353,8 +354,8 @@ def update(model, optimizer, samples, config):
     samples = [s for s in samples if s.advantage and (c.w_up if s.upstream else c.w_down)]
     if not samples:
         return Counter()
-    sums = torch.zeros(4, device=model.device)  # tokens, ratios, clipped ones, entropies
-    for rows, logprobs, old, entropy, mask in my_passes(model, samples, c):  # [N, T] each
+    sums = torch.zeros(3, device=model.device)  # tokens, ratios, clipped ones
+    for rows, logprobs, old, mask in my_passes(model, samples, c):  # [N, T] each
         batch = [samples[i] for i in rows]
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
         weights = mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
@@ -366,7 +367,7 @@ def update(model, optimizer, samples, config):
         ratio = (logprobs.detach() - old).exp()  # [N, T]
         high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
         clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)
-        terms = mask * torch.stack([mask, ratio, clipped, entropy])  # [4, N, T]
+        terms = mask * torch.stack([mask, ratio, clipped])  # [3, N, T]
         sums += terms.sum((1, 2))
     dist.all_reduce(sums)
     shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
@@ -377,13 +378,13 @@ def update(model, optimizer, samples, config):
     optimizer.zero_grad()
     each_shard(model, "reshard")  # the step has moved the masters
     each_shard(model, "unshard")
-    names = ("tokens", "ratio", "clip_fraction", "entropy", "grad_norm")
+    names = ("tokens", "ratio", "clip_fraction", "grad_norm")
     return dict(zip(names, [*sums.tolist(), norm]))
 
 def my_passes(model, samples, config):
-    """This process's passes over N Samples: yields indices of n, log pi now and as sampled, entropy
-    (nats, [n, T]), mask. All processes make as many, as FSDP's sums of gradients want: one that has
-    none left repeats an earlier one, with an empty mask."""
+    """This process's passes over N Samples: yields indices of n, log pi now and as sampled (nats,
+    [n, T]), mask. All processes make as many, as FSDP's sums of gradients want: one that has none
+    left repeats an earlier one, with an empty mask."""
     join_processes()
     passes = micro_batches(samples, config.micro_tokens)
     world = dist.get_world_size()
@@ -391,11 +392,11 @@ def my_passes(model, samples, config):
     for i in tqdm(range(dist.get_rank(), total, world), "passes", **BAR):
         rows = passes[i % len(passes)]
         batch = [samples[j] for j in rows]
-        now, entropy, mask = response_logprobs(
+        now, mask = response_logprobs(
             model, [s.prompt for s in batch], [s.tokens for s in batch], config.temperature)
         then = now.new_tensor(sum([s.logprobs for s in batch], []))  # [sum of lengths]
         then = torch.zeros_like(now).masked_scatter(mask, then)  # [n, T]
-        yield rows, now, then, entropy, mask & (i < len(passes))
+        yield rows, now, then, mask & (i < len(passes))
 
 def micro_batches(samples, limit):
     """Cuts N Samples into passes of at most `limit` tokens, padding counted, and a prompt that rows
@@ -405,14 +406,12 @@ def micro_batches(samples, limit):
     order = sorted((classes[i], s.prompt, i) for i, s in enumerate(samples))
     passes = []
     for _, _, i in order:
-        rows = passes[-1] + [i] if passes else [i]
+        rows = passes.pop() + [i] if passes else [i]
         prompts = {tuple(samples[j].prompt) for j in rows}
         padded = len(prompts) * max(map(len, prompts))
         padded += len(rows) * max(len(samples[j].tokens) for j in rows)
-        if passes and padded <= limit:
-            passes[-1] = rows
-        else:
-            passes.append([i])
+        fits = padded <= limit or len(rows) == 1
+        passes += [rows] if fits else [rows[:-1], [i]]
     return passes
 
 
@@ -534,9 +533,8 @@ def sample_rows(model, rows, eos):
             ids.clamp(0), attention_mask=(ids >= 0).long(), max_new_tokens=min(CHUNK, longest),
             synced_gpus=False, **{CACHE: cache})
         drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
-        logprobs = []  # [drawn][N]
-        for scores, token in zip(out.scores, drawn.T):  # the last scores may lack a token
-            logprobs.append(Categorical(logits=scores).log_prob(token))
+        steps = zip(out.scores, drawn.T)  # the last scores may lack a token
+        logprobs = [Categorical(logits=scores).log_prob(token) for scores, token in steps]
         logprobs = torch.stack(logprobs, 1).tolist()  # [N][drawn]
         staying = []
         for j, (s, new) in enumerate(zip(rows, drawn.tolist())):
@@ -569,30 +567,27 @@ def rows_that_fit(model, length):
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
     """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
-    lists of ids; equal prompts are run once. Returns logprobs and the entropy of each token's
-    distribution (without gradients), nats, [N, T] float32, 0 where padded, and the mask [N, T]."""
+    lists of ids; equal prompts are run once. -> logprobs (nats) and mask [N, T], 0 where padded."""
     x, cache = prefill(model, prompts)  # [N, S]
     targets = pad(responses, model.device)  # [N, T]
     mask = targets >= 0
     ids = torch.cat([x, targets], 1)  # [N, S + T]
     hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
-    logprobs, entropy = chunked_logprobs(
+    logprobs = chunked_logprobs(
         model.get_output_embeddings(), hidden[mask], targets[mask], temperature)  # [sum of lengths]
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy), mask
+    return zeros.masked_scatter(mask, logprobs), mask
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """Of p = softmax(head(hidden) / temperature): log p[target] with gradients, and the entropy of
-    p without, nats. hidden [M, D], targets [M] -> two [M], float32. A chunk's logits [chunk, V]
-    live only while they are used: the backward pass computes them again."""
+    """log softmax(head(hidden) / temperature)[target], nats, with gradients. hidden [M, D], targets
+    [M] -> [M], float32. A chunk's logits [chunk, V] live only while they are used: the backward
+    pass computes them again."""
     def piece(h, target):
-        table = (head(h).float() / temperature).log_softmax(1)  # [m, V]
-        entropy = torch.special.entr(table.detach().exp()).sum(1)  # [m]
-        return table.gather(1, target[:, None]).squeeze(1), entropy
+        logits = head(h).float() / temperature  # [m, V]
+        return -torch.nn.functional.cross_entropy(logits, target, reduction="none")  # [m]
 
     chunks = zip(hidden.split(chunk), targets.split(chunk))
-    parts = [checkpoint(piece, h, target, use_reentrant=False) for h, target in chunks]
-    return [torch.cat(x) for x in zip(*parts)]
+    return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in chunks])
 
 def grade(tokenizer, problems, groups):
     """+1 where the last box of a response holds the answer, else -1: B Problems and [B][n] Samples,
@@ -684,6 +679,7 @@ def normal_form(text):
         return tuple(value(f"[{{{text}}}]", {**KNOWN, "sign": sign}) for sign in (1, -1))
     except Exception:  # no expression, or too large
         return "".join(text.split())
+
 
 def power(left, right):
     """left^right; of a negative number, an odd root is the real one, another one some number."""
@@ -783,7 +779,7 @@ def load_model(config):
                                                      use_safetensors=True)
         model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
         rows = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and a copy
-        shared, _, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
+        shared, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
         logits = model(torch.tensor([[3, 1, 5, 4]], device=device)).logits[0]  # [4, V]
         plain = logits.float().log_softmax(1)[[1, 2], [5, 4]]  # [2]: of 5 and 4, after 3 and 1
         if not torch.allclose(shared[2], plain, atol=1e-3):
@@ -906,13 +902,12 @@ def load_data(config, model, tokenizer):
         held = min(256, len(train) // 8 or 1)
         tests = {"held-out": train[:held]}
         train = train[held:]
-    segment = c.split_high * max(c.init_length, c.max_new_tokens)  # of the longest L_q
+    tests = {name: problems[:c.eval_problems or None] for name, problems in tests.items()}
+    segment = math.ceil(c.split_high * max(c.init_length, c.max_new_tokens))  # of the longest L_q
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    room = context - c.max_new_tokens - min(c.max_new_tokens, math.ceil(segment))
+    room = context - c.max_new_tokens - min(c.max_new_tokens, segment)
     room = min(room, c.max_prompt_tokens)
     for name, problems in {"--data": train, **tests}.items():
-        if problems is not train and c.eval_problems:
-            del problems[c.eval_problems:]
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
         kept = [p for p in problems if 0 < len(p.ids) <= room]
