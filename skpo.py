@@ -535,22 +535,19 @@ def sample_rows(model, rows, eos):
         drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
         steps = zip(out.scores, drawn.T)  # the last scores may lack a token
         logprobs = [Categorical(logits=scores).log_prob(token) for scores, token in steps]
-        logprobs = torch.stack(logprobs, 1).tolist()  # [N][drawn]
-        staying = []
-        for j, (s, new) in enumerate(zip(rows, drawn.tolist())):
+        logprobs = torch.stack(logprobs, 1)  # [N, drawn]
+        for s, new, nats in zip(rows, drawn.tolist(), logprobs.tolist()):
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
             stop = min(ends + [len(new), s.limit - len(s.tokens)])
             s.tokens += new[:stop]
-            s.logprobs += logprobs[j][:stop]
+            s.logprobs += nats[:stop]
             s.finished = stop in ends
             bar.update(stop)
-            if not s.finished and len(s.tokens) < s.limit:
-                staying.append(j)
+        staying = [j for j, s in enumerate(rows) if not s.finished and len(s.tokens) < s.limit]
         bar.set_postfix_str(f"{len(staying)} responses go on")
         rows = [rows[j] for j in staying]
-        keep = torch.tensor(staying, dtype=torch.long, device=ids.device)
-        ids = torch.cat([ids, drawn], 1)[keep]  # [fewer, S + drawn]
-        cache.batch_select_indices(keep)
+        ids = torch.cat([ids, drawn], 1)[staying]  # [fewer, S + drawn]
+        cache.batch_select_indices(staying)
         del out  # its logits are large
     bar.close()
 
