@@ -473,12 +473,6 @@ CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers 
 BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: if a terminal
 CHUNK = 16  # tokens sampled between two looks at which rows have ended
 
-def pad(rows, device, side="right"):
-    """Lists of ids -> [N, T]; -1 where padded, for a pad id may be an EOS id. T is 2 or more, for
-    of a prompt of one token, too, something must be prefilled."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in [*rows, [-1, -1]]]
-    return pad_sequence(rows, True, -1, side)[:-1].to(device)
-
 def forward(model, ids, cache):
     """Runs what the cache lacks of ids [N, S + T], -1 where padded: hidden states [N, T, D]. The
     cache takes up the keys and values, and with gradients on it carries them."""
@@ -492,11 +486,12 @@ def forward(model, ids, cache):
     return out.last_hidden_state
 
 def prefill(model, prompts):
-    """N prompts -> ids [N, S], padded at the left, and a cache of all but the last token of each.
-    Equal prompts are run once, in training too."""
+    """N prompts -> ids [N, S], at the left padded with -1, for a pad id may be an EOS id, and a
+    cache of all but the last token of each. Equal prompts are run once, in training too."""
     unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([unique[tuple(p)] for p in prompts], device=model.device)  # [N]
-    ids = pad(unique, model.device, "left")  # [P, S]
+    rows = [unique[tuple(p)] for p in prompts]  # [N]
+    ids = [torch.tensor(p, device=model.device) for p in [*unique, (-1, -1)]]
+    ids = pad_sequence(ids, True, -1, "left")[:-1]  # [P, S]; S is 2 or more: a token to prefill
     cache = DynamicCache(config=model.config)
     forward(model, ids[:, :-1], cache)
     cache.batch_select_indices(rows)  # P -> N rows
@@ -566,7 +561,7 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
     lists of ids; equal prompts are run once. -> logprobs (nats) and mask [N, T], 0 where padded."""
     x, cache = prefill(model, prompts)  # [N, S]
-    targets = pad(responses, model.device)  # [N, T]
+    targets = pad_sequence([x.new_tensor(o) for o in responses], True, -1)  # [N, T]
     mask = targets >= 0
     ids = torch.cat([x, targets], 1)  # [N, S + T]
     hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
