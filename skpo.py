@@ -363,7 +363,7 @@ def update(model, optimizer, samples, config):
         J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
         J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
         loss = c.w_up * J_up + c.w_down * J_down  # eq. 4
-        loss.backward()
+        (loss * dist.get_world_size()).backward()  # a sum over processes; FSDP takes a mean
         ratio = (logprobs.detach() - old).exp()  # [N, T]
         high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
         clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)
@@ -847,8 +847,6 @@ def shard(model, config):
     for module in blocks + [model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
-        module.set_gradient_divide_factor(1)  # a sum: a weight is a row's part in the whole batch
-        module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # makes model the root
     each_shard(model, "reshard")  # an optimiser wants the masters
