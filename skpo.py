@@ -488,8 +488,8 @@ def forward(model, ids, cache):
 def prefill(model, prompts):
     """N prompts -> ids [N, S], at the left padded with -1, for a pad id may be an EOS id, and a
     cache of all but the last token of each. Equal prompts are run once, in training too."""
-    unique = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = [unique[tuple(p)] for p in prompts]  # [N]
+    unique = {}  # prompt -> its row
+    rows = [unique.setdefault(tuple(p), len(unique)) for p in prompts]  # [N]
     ids = [torch.tensor(p, device=model.device) for p in [*unique, (-1, -1)]]
     ids = pad_sequence(ids, True, -1, "left")[:-1]  # [P, S]; S is 2 or more: a token to prefill
     cache = DynamicCache(config=model.config)
@@ -508,9 +508,8 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
     eos = {tokenizer.eos_token_id, *np.ravel(own.eos_token_id).tolist()} - {None}
     model.generation_config = GenerationConfig(
-        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0 if temperature else None,
-        eos_token_id=sorted(eos) or None, pad_token_id=0, output_scores=True,
-        return_dict_in_generate=True)
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, pad_token_id=0,
+        eos_token_id=sorted(eos) or None, output_scores=True, return_dict_in_generate=True)
     try:
         for i in range(0, len(every), fit):
             sample_rows(model, every[i:i + fit], eos)
@@ -567,8 +566,7 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
     logprobs = chunked_logprobs(
         model.get_output_embeddings(), hidden[mask], targets[mask], temperature)  # [sum of lengths]
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    return zeros.masked_scatter(mask, logprobs), mask
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     """log softmax(head(hidden) / temperature)[target], nats, with gradients. hidden [M, D], targets
@@ -600,8 +598,7 @@ def evaluate(model, tokenizer, problems, config):
     for p, group in zip(problems, groups):
         boxes = [extract_answer(s.text) for s in group]
         votes = Counter(normal_form(box) for box in boxes if box)
-        winner = max(votes, key=votes.get, default=None)
-        majority.append(winner == normal_form(p.answer))
+        majority.append(normal_form(p.answer) in dict(votes.most_common(1)))
     return dict(accuracy=right.mean(), pass_at_k=right.any(1).mean(), majority=np.mean(majority),
                 samples=k, problems=len(problems))
 
@@ -734,7 +731,7 @@ def load_problems(source):
             row = json.loads(line)
             question = row.get("question", row.get("problem"))
             question = question.encode(errors="replace").decode()  # no lone surrogates
-            answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
+            answer = str(row["answer"]).split("####")[-1].strip()
             if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
                 raise ValueError("empty")
         except Exception:  # whatever a line may hold
@@ -747,10 +744,10 @@ def prompt_ids(tokenizer, question, template="auto"):
     """The ids of a prompt; "auto": with a request for a box, and in the chat template if any."""
     if template == "auto":
         question += "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
-    if template == "auto" and tokenizer.chat_template:
-        messages = [{"role": "user", "content": question.strip()}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  return_dict=False, date_string="1 Jan 2026"))
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": question.strip()}]
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                 return_dict=False, date_string="1 Jan 2026")
     ids = tokenizer(question)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
 
@@ -769,7 +766,7 @@ def load_model(config):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
                                                      use_safetensors=True)
-        model = model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
+        model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
         rows = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and a copy
         shared, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
         logits = model(torch.tensor([[3, 1, 5, 4]], device=device)).logits[0]  # [4, V]
@@ -848,7 +845,7 @@ def shard(model, config):
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # makes model the root
+        model(torch.tensor([[0]], device=model.device))  # makes model the root
     each_shard(model, "reshard")  # an optimiser wants the masters
 
 def each_shard(model, do):
