@@ -105,7 +105,7 @@ class Sample:
     prompt: list = field(default_factory=list)  # ids: q for a segment, [s, q] for a response
     complete: list = field(default_factory=list)  # ids to grade and measure, if more than tokens
     text: str = ""  # of those ids, once graded
-    limit: int = 0  # of its tokens
+    limit: int = 0  # tokens that it may still take, while it is sampled
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the mean of eq. 5 or 6
     upstream: bool = False  # trained by eq. 6, else by eq. 5
@@ -522,7 +522,7 @@ def sample_rows(model, rows, eos):
     bar = tqdm(desc="sampling", unit=" tokens", **BAR)
     ids, cache = prefill(model, [s.prompt for s in rows])  # [N, S]
     while rows:
-        longest = max(s.limit - len(s.tokens) for s in rows)
+        longest = max(s.limit for s in rows)
         out = model.generate(
             ids.clamp(0), attention_mask=(ids >= 0).long(), max_new_tokens=min(CHUNK, longest),
             synced_gpus=False, **{CACHE: cache})
@@ -532,12 +532,13 @@ def sample_rows(model, rows, eos):
         logprobs = torch.stack(logprobs, 1)  # [N, drawn]
         for s, new, nats in zip(rows, drawn.tolist(), logprobs.tolist()):
             ends = [t + 1 for t, token in enumerate(new) if token in eos]
-            stop = min(ends + [len(new), s.limit - len(s.tokens)])
+            stop = min(ends + [len(new), s.limit])
             s.tokens += new[:stop]
             s.logprobs += nats[:stop]
+            s.limit -= stop
             s.finished = stop in ends
             bar.update(stop)
-        staying = [j for j, s in enumerate(rows) if not s.finished and len(s.tokens) < s.limit]
+        staying = [j for j, s in enumerate(rows) if s.limit and not s.finished]
         bar.set_postfix_str(f"{len(staying)} responses go on")
         rows = [rows[j] for j in staying]
         ids = torch.cat([ids, drawn], 1)[staying]  # [fewer, S + drawn]
@@ -564,18 +565,16 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     mask = targets >= 0
     ids = torch.cat([x, targets], 1)  # [N, S + T]
     hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
-    logprobs = chunked_logprobs(
-        model.get_output_embeddings(), hidden[mask], targets[mask], temperature)  # [sum of lengths]
+    head = model.get_output_embeddings()
+    logprobs = chunked_logprobs(head, hidden[mask], targets[mask], temperature)  # [sum of lengths]
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """log softmax(head(hidden) / temperature)[target], nats, with gradients. hidden [M, D], targets
-    [M] -> [M], float32. A chunk's logits [chunk, V] live only while they are used: the backward
-    pass computes them again."""
+    """log softmax(head(hidden) / temperature)[target], nats, with gradients: hidden [M, D], targets
+    [M] -> float32 [M]. A chunk's logits [chunk, V] are not kept: the backward pass has its own."""
     def piece(h, target):
         logits = head(h).float() / temperature  # [m, V]
         return -torch.nn.functional.cross_entropy(logits, target, reduction="none")  # [m]
-
     chunks = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in chunks])
 
