@@ -544,7 +544,6 @@ def sample_rows(model, rows, eos):
         ids = torch.cat([ids, drawn], 1)[staying]  # [fewer, S + drawn]
         cache.batch_select_indices(staying)
         del out  # its logits are large
-    bar.close()
 
 def rows_that_fit(model, length):
     """How many rows of `length` tokens may be sampled at once, by their keys, values and logits."""
@@ -713,8 +712,7 @@ class Problem:
 
 def load_problems(source):
     """The Problems of a JSON-lines file ("question" or "problem", and "answer": text, number, or
-    GSM8K's "... #### 18"), or of a built-in set: "sums", the embedded model's, six digits to add
-    one by one, modulo 10; "arithmetic", for a pretrained one. Raises UserError."""
+    GSM8K's "... #### 18"), or built-in ones: "sums" of six digits, modulo 10; "arithmetic"."""
     rng = np.random.default_rng(20260409)
     if source == "sums":
         rows = rng.permutation(10**6)[:2048]
@@ -751,9 +749,8 @@ def prompt_ids(tokenizer, question, template="auto"):
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
 
 def load_model(config):
-    """(model, tokenizer), float32, on the GPU if there is one; no remote code, no pickle. Refused:
-    models whose log-probs through a shared cache are not a plain pass's, for recurrent states,
-    logits capped or scaled after the head, or broken weights."""
+    """(model, tokenizer), float32, on a GPU if any; no remote code, no pickle. Refused where a shared
+    cache and a plain pass differ in log-probs: recurrent states, scaled logits, broken weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = config.model
     if source == "embedded":
