@@ -522,10 +522,9 @@ def sample_rows(model, rows, eos):
     bar = tqdm(desc="sampling", unit=" tokens", **BAR)
     ids, cache = prefill(model, [s.prompt for s in rows])  # [N, S]
     while rows:
-        longest = max(s.limit for s in rows)
         out = model.generate(
-            ids.clamp(0), attention_mask=(ids >= 0).long(), max_new_tokens=min(CHUNK, longest),
-            synced_gpus=False, **{CACHE: cache})
+            ids.clamp(0), attention_mask=(ids >= 0).long(), synced_gpus=False,
+            max_new_tokens=min(CHUNK, max(s.limit for s in rows)), **{CACHE: cache})
         drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
         steps = zip(out.scores, drawn.T)  # the last scores may lack a token
         logprobs = [Categorical(logits=scores).log_prob(token) for scores, token in steps]
@@ -730,7 +729,7 @@ def load_problems(source):
             question = question.encode(errors="replace").decode()  # no lone surrogates
             answer = str(row["answer"]).split("####")[-1].strip()
             if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
-                raise ValueError("empty")
+                raise ValueError
         except Exception:  # whatever a line may hold
             raise UserError(f'{source}, line {number}: not a JSON object with a "question" or '
                             '"problem" (text) and an "answer" (text or number)') from None
@@ -792,7 +791,7 @@ def embedded_model(seed, steps=400, batch=64, slips=0.2):
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=13,
         pad_token_id=13, initializer_range=0.1))  # with 0.02 it starts ten times later
     rng = np.random.default_rng([seed, 0])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
     equals, box, close, eos = np.arange(10, 14).repeat(batch).reshape(4, batch, 1)
     for step in tqdm(range(steps), "warm-up of the embedded model", **BAR):
         digits = rng.integers(10, size=(batch, 6))
