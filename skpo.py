@@ -132,9 +132,8 @@ def select_segment(logprobs, target=np.median):
     """The segment of median surprise (Section 3.1): d(s) = mean_t -log pi(s_t | q, s_<t).
     logprobs: G lists of nats -> index of the d nearest to target(d), the first on a tie."""
     d = [-np.mean(segment) for segment in logprobs]  # [G], nats a token
-    gap = np.abs(d - target(d))
-    nearest = gap <= gap.min() + 1e-9  # with an even G the two middle ones tie, but for rounding
-    return int(nearest.argmax())  # the first
+    gap = np.abs(d - target(d)).round(9)  # with an even G the two middle ones tie
+    return int(gap.argmin())  # the first
 
 def skip_prompt(segment, prompt, bos_token_id=None):
     """The skip connection (Section 3.1): [s, q], the segment FIRST, then the whole prompt; lists
@@ -162,10 +161,9 @@ class Tracker:
         self.tau = tau
 
     def update(self, indices, observations, divergences):
-        """indices [B], distinct; observations [B]; divergences [B]: D since the last visit, nats.
-        With tau = 8 nats rho is rho_max at nearly every visit: a memory of 25 observations."""
-        D = np.asarray(divergences, float)
-        rho = 2.0 ** (-D / self.tau)
+        """indices [B], distinct; observations [B]; divergences [B] or one: D since the last visit,
+        nats. With tau = 8 rho is rho_max at nearly every visit: a memory of 25 observations."""
+        rho = 2.0 ** (-np.asarray(divergences) / self.tau)
         rho = rho.clip(self.rho_min, self.rho_max)
         N = rho * self.count[indices] + 1
         error = np.asarray(observations, float) - self.value[indices]
@@ -175,8 +173,7 @@ class Tracker:
 def choose_prompts(values, n, rng, eps=0.05):
     """n distinct prompts, those of middling value most often: weight sqrt(v (1 - v)) + eps with
     v = (1 + V) / 2 (SPO eq. 11). values [size] in [-1, 1] -> n indices."""
-    variance = np.clip(1 - values**2, 0, None) / 4  # v (1 - v)
-    weight = np.sqrt(variance) + eps
+    weight = np.sqrt(abs(1 - values**2)) / 2 + eps  # abs: rounding may take V beyond 1
     p = weight / weight.sum()
     return rng.choice(len(values), n, replace=False, p=p)
 
@@ -186,8 +183,7 @@ def group_advantages(rewards):
     """Downstream: A_i = (R_i - mean R) / std R within each group; 0, not NaN, where all its R are
     equal. [B, G] -> [B, G]. paper silent: the population's std, without an epsilon."""
     R = torch.as_tensor(rewards).double()
-    mean = R.mean(-1, keepdim=True)
-    std = R.std(-1, correction=0, keepdim=True)
+    std, mean = torch.std_mean(R, -1, correction=0, keepdim=True)
     equal = std < 1e-9  # but for rounding
     return torch.where(equal, 0.0, (R - mean) / std)
 
@@ -313,18 +309,17 @@ def policy_drift(model, segments, config):
     segment kept then of |log pi_then - log pi_now|. B Samples -> [B] nats. paper silent: after
     SPO's code, but on s alone (SPO: the whole response) and before the update (SPO: after it)."""
     D = torch.zeros(len(segments), device=model.device)
-    for rows, now, then, mask in my_passes(model, segments, config):
-        moved = (now - then).abs() * mask  # [N, T]
-        D[rows] += moved.sum(1) / mask.sum(1).clamp(1)
+    for rows in filter(None, micro_batches(segments, config.micro_tokens)):
+        now, then, mask = now_and_then(model, [segments[i] for i in rows], config)  # [N, T] each
+        D[rows] = (now - then).abs().sum(1) / mask.sum(1)
     dist.all_reduce(D)
     return D.cpu().numpy()
 
 
 # ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
 def learn(model, optimizer, groups, responses, rewards, config, log):
-    """Step 10: `update` on each mini-batch, and the step's row of metrics.jsonl. groups: B lists of
-    Samples, a prompt each; responses [B][G]; rewards [B, G].
-    paper silent: the warm-up counts training steps, not optimiser steps."""
+    """Step 10: `update` on each mini-batch, and the step's row of metrics.jsonl. groups [B][n],
+    responses [B][G], rewards [B, G]. paper silent: the warm-up counts training steps."""
     sampled = time.perf_counter()
     log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
     optimizer.param_groups[0]["lr"] = log["lr"]
@@ -348,18 +343,18 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
 
 def update(model, optimizer, samples, config):
     """One optimiser step on a mini-batch of Samples. What has no advantage has no gradient and is
-    not run. paper silent: with no advantage at all no step is taken, for AdamW's moments and decay
-    would move the weights. Returns sums over the tokens run, and the gradient's unclipped norm."""
+    not run. paper silent: with no advantage at all nothing moves, for AdamW passes over weights
+    without a gradient. Returns sums over the tokens run, and the gradient's unclipped norm."""
     c = config
     samples = [s for s in samples if s.advantage and (c.w_up if s.upstream else c.w_down)]
-    if not samples:
-        return Counter()
+    idle = Sample([0], [0.0], False, [0, 0])  # without weight, for a process with no pass left
     sums = torch.zeros(3, device=model.device)  # tokens, ratios, clipped ones
-    for rows, logprobs, old, mask in my_passes(model, samples, c):  # [N, T] each
-        batch = [samples[i] for i in rows]
+    for rows in tqdm(micro_batches(samples, c.micro_tokens), "passes", **BAR):
+        batch = [samples[i] for i in rows] or [idle]
+        logprobs, old, mask = now_and_then(model, batch, c)  # [N, T] each
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
         weights = mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
-        up = torch.tensor([[s.upstream] for s in batch], device=mask.device)  # [N, 1]
+        up = mask.new_tensor([[s.upstream] for s in batch])  # [N, 1]
         J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
         J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
         loss = c.w_up * J_up + c.w_down * J_down  # eq. 4
@@ -367,7 +362,7 @@ def update(model, optimizer, samples, config):
         ratio = (logprobs.detach() - old).exp()  # [N, T]
         high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
         clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)
-        terms = mask * torch.stack([mask, ratio, clipped])  # [3, N, T]
+        terms = (weights > 0) * torch.stack([mask, ratio, clipped])  # [3, N, T]
         sums += terms.sum((1, 2))
     dist.all_reduce(sums)
     shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
@@ -381,38 +376,32 @@ def update(model, optimizer, samples, config):
     names = ("tokens", "ratio", "clip_fraction", "grad_norm")
     return dict(zip(names, [*sums.tolist(), norm]))
 
-def my_passes(model, samples, config):
-    """This process's passes over N Samples: yields indices of n, log pi now and as sampled (nats,
-    [n, T]), mask. All processes make as many, as FSDP's sums of gradients want: one that has none
-    left repeats an earlier one, with an empty mask."""
-    join_processes()
-    passes = micro_batches(samples, config.micro_tokens)
-    world = dist.get_world_size()
-    total = world * math.ceil(len(passes) / world)
-    for i in tqdm(range(dist.get_rank(), total, world), "passes", **BAR):
-        rows = passes[i % len(passes)]
-        batch = [samples[j] for j in rows]
-        now, mask = response_logprobs(
-            model, [s.prompt for s in batch], [s.tokens for s in batch], config.temperature)
-        then = now.new_tensor(sum([s.logprobs for s in batch], []))  # [sum of lengths]
-        then = torch.zeros_like(now).masked_scatter(mask, then)  # [n, T]
-        yield rows, now, then, mask & (i < len(passes))
+def now_and_then(model, samples, config):
+    """log pi of the tokens of N Samples now, with gradients, and as they were sampled; their mask.
+    [N, T] each, nats, 0 where padded."""
+    now, mask = response_logprobs(
+        model, [s.prompt for s in samples], [s.tokens for s in samples], config.temperature)
+    then = now.new_tensor(sum([s.logprobs for s in samples], []))  # [sum of lengths]
+    return now, torch.zeros_like(now).masked_scatter(mask, then), mask
 
 def micro_batches(samples, limit):
     """Cuts N Samples into passes of at most `limit` tokens, padding counted, and a prompt that rows
-    share counted once; a longer row goes alone. Returns lists of row indices."""
+    share counted once; a longer row goes alone. Returns this process's, lists of indices; all have
+    as many, as FSDP's sums of gradients want, some of them []."""
     # like lengths together (a class spans a factor of sqrt 2), then equal prompts
-    classes = [round(2 * math.log2(len(s.tokens))) for s in samples]
-    order = sorted((classes[i], s.prompt, i) for i, s in enumerate(samples))
+    order = [(round(2 * math.log2(len(s.tokens))), s.prompt, i) for i, s in enumerate(samples)]
     passes = []
-    for _, _, i in order:
+    for _, _, i in sorted(order):
         rows = passes.pop() + [i] if passes else [i]
         prompts = {tuple(samples[j].prompt) for j in rows}
         padded = len(prompts) * max(map(len, prompts))
         padded += len(rows) * max(len(samples[j].tokens) for j in rows)
         fits = padded <= limit or len(rows) == 1
         passes += [rows] if fits else [rows[:-1], [i]]
-    return passes
+    join_processes()
+    world = dist.get_world_size()
+    passes += [[]] * (-len(passes) % world)
+    return passes[dist.get_rank()::world]
 
 
 # ---- 7. The baseline, and the ablations of Table 2 -----------------------------------------------
@@ -421,23 +410,21 @@ def grpo_step(model, tokenizer, optimizer, problems, state, config):
     1 +- clip_low (eq. 6's form) on the group's advantages, a mean over the tokens of a response,
     then over responses, no KL. paper silent: prompts are chosen as for SKPO, with D = 0."""
     rng, sample, log = begin(model, tokenizer, config, state.step)
-    B = config.prompts_per_step
-    chosen = choose_prompts(state.values.value, B, rng, config.explore_eps)  # [B]
+    c = config
+    chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
     q = [problems[i] for i in chosen]  # [B] Problems
-    responses = sample([p.ids for p in q], config.group_size)  # [B][G]
+    responses = sample([p.ids for p in q], c.group_size)  # [B][G]
     R = grade(tokenizer, q, responses)  # [B, G]
-    rows = B // config.minibatches * config.group_size  # of a mini-batch
     for o, A in zip(sum(responses, []), group_advantages(R).flatten().tolist()):
         o.upstream = True  # the form of eq. 6
         o.advantage = A
-        o.weight = 1 / (len(o.tokens) * rows)
-    learn(model, optimizer, responses, responses, R, replace(config, w_up=1.0), log)
-    state.values.update(chosen, R.mean(1), np.zeros(len(chosen)))
+        o.weight = c.minibatches / (len(o.tokens) * R.size)  # R.size: B G responses
+    learn(model, optimizer, responses, responses, R, replace(c, w_up=1.0), log)
+    state.values.update(chosen, R.mean(1), 0.0)
     return log
 
 def continued_responses(sample, segments, tokenizer, config):
-    """no_skip: G responses go on from [q, s]. paper silent: s + o is graded and measured, and kept
-    within the limit."""
+    """no_skip: G responses from [q, s]. paper silent: s + o is graded, measured, and limited."""
     limits = [max(1, config.max_new_tokens - len(s.tokens)) for s in segments]
     responses = sample([s.prompt + s.tokens for s in segments], config.group_size, limits)
     for s, group in zip(segments, responses):
@@ -452,7 +439,7 @@ def own_outcomes(sample, segments, tokenizer, problems):
     onward = sample([s.prompt + s.tokens for s in paused], 1)  # [P][1]
     for s, (o,) in zip(paused, onward):
         s.complete = s.tokens + o.tokens
-    return torch.tensor(grade(tokenizer, problems, [[s] for s in segments])[:, 0])
+    return monte_carlo_value(grade(tokenizer, problems, [[s] for s in segments]))
 
 def ablation(config, step):
     """What `training_step` takes in place of the paper's pieces."""
