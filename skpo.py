@@ -865,27 +865,25 @@ def load_data(config, model, tokenizer):
     --eval_data an eighth is held out, whatever the flags: a run may be resumed with others."""
     c = config
     train = load_problems(c.data or ("sums" if c.model == "embedded" else "arithmetic"))
-    tests = {name: load_problems(name) for name in c.eval_data.split(",") if name}
+    most = c.eval_problems or None
+    tests = {name: load_problems(name)[:most] for name in c.eval_data.split(",") if name}
     if not tests:
         np.random.default_rng(0).shuffle(train)
         held = min(256, len(train) // 8 or 1)
-        tests = {"held-out": train[:held]}
+        tests = {"held-out": train[:held][:most]}
         train = train[held:]
-    tests = {name: problems[:c.eval_problems or None] for name, problems in tests.items()}
-    segment = math.ceil(c.split_high * max(c.init_length, c.max_new_tokens))  # of the longest L_q
     context = getattr(model.config, "max_position_embeddings", math.inf)
+    segment = math.ceil(c.split_high * max(c.init_length, c.max_new_tokens))  # of the longest L_q
     room = context - c.max_new_tokens - min(c.max_new_tokens, segment)
     room = min(room, c.max_prompt_tokens)
     for name, problems in {"--data": train, **tests}.items():
         for p in problems:
             p.ids = prompt_ids(tokenizer, p.question, c.template)
-        kept = [p for p in problems if 0 < len(p.ids) <= room]
-        dropped = len(problems) - len(kept)
-        problems[:] = kept
-        print(f"{name}: {len(kept)} problems, {dropped} dropped; --max_prompt_tokens and the "
-              f"model's context leave {room} tokens for a prompt")
-        if len(kept) < (c.prompts_per_step if problems is train and c.steps else 1):
-            raise UserError(f"{name}: {len(kept)} problems are too few: lower --prompts_per_step, "
+        fit = [p for p in problems if 0 < len(p.ids) <= room]
+        print(f"{name}: {len(fit)} of {len(problems)} problems have prompts of 1 to {room} tokens")
+        problems[:] = fit
+        if len(fit) < (c.prompts_per_step if problems is train and c.steps else 1):
+            raise UserError(f"{name}: {len(fit)} problems are too few: lower --prompts_per_step, "
                             "or --max_new_tokens, which leaves more of the context to a prompt")
     return train, tests
 

@@ -95,7 +95,7 @@ def test_dropped_problems_are_said_aloud(tiny, tmp_path, capsys):
     (tmp_path / "a").write_text("\n".join(rows))
     _, tests = skpo.load_data(config(eval_data=f"{tmp_path}/a", max_prompt_tokens=20), *tiny)
     assert [(p.question, p.answer) for p in tests[f"{tmp_path}/a"]] == [("12", "3")]
-    assert f"{tmp_path}/a: 1 problems, 1 dropped" in capsys.readouterr().out
+    assert f"{tmp_path}/a: 1 of 2 problems have prompts of 1 to 20" in capsys.readouterr().out
 
 # ---- Rewards
 def test_extract_answer():
