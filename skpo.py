@@ -843,18 +843,17 @@ def begin(model, tokenizer, config, step):
     no others: NumPy's, the same in all processes, and torch's, others in each. sample(prompts, n,
     limits) -> [P][n] Samples is `generate`, the prompts dealt out to the processes."""
     join_processes()
+    rank, world = dist.get_rank(), dist.get_world_size()
     rng = np.random.default_rng([config.seed, step])
-    torch.manual_seed(int(rng.integers(2**62)) + dist.get_rank())
+    torch.manual_seed(int(rng.integers(2**62)) + rank)
     each_shard(model, "unshard")
     log = dict(step=step, start=time.perf_counter(), tokens=0)
 
     def sample(prompts, n, limits=config.max_new_tokens):
-        world = dist.get_world_size()
-        mine = slice(dist.get_rank(), None, world)
-        limits = np.broadcast_to(limits, len(prompts))[mine]
-        groups = generate(model, tokenizer, prompts[mine], n, limits, config.temperature)
+        limits = np.broadcast_to(limits, len(prompts))[rank::world]
+        mine = generate(model, tokenizer, prompts[rank::world], n, limits, config.temperature)
         parts = [None] * world
-        dist.all_gather_object(parts, groups)
+        dist.all_gather_object(parts, mine)
         groups = [parts[i % world][i // world] for i in range(len(prompts))]
         log["tokens"] += sum(len(s.tokens) for s in sum(groups, []))
         return groups
