@@ -955,14 +955,11 @@ def train(config):
                 file.write(json.dumps(row) + "\n")
 
     first = {}  # accuracy of each evaluation set when it was evaluated first
-    run = (model, tokenizer, optimizer, problems, state, c)
+    method = {"skpo": training_step, "grpo": grpo_step}[c.algo]
     for state.step in range(state.step + c.resume, c.steps + 1):  # step 0 only evaluates
         last = state.step == c.steps
         if state.step:
-            if c.algo == "grpo":
-                row = grpo_step(*run)
-            else:
-                row = training_step(*run, **ablation(c, state.step))
+            row = method(model, tokenizer, optimizer, problems, state, c, **ablation(c, state.step))
             left = f"{row['seconds'] * (c.steps - state.step) / 60:.0f} min to go"
             log(row, ("reward", "response_tokens", "zero_advantage", "seconds"), left)
         if not c.steps or c.eval_every and (last or state.step % c.eval_every == 0):
