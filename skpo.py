@@ -740,6 +740,7 @@ def load_model(config):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = config.model
     if source == "embedded":
+        torch.set_num_threads(1)  # so small a model only has threads wait for one another
         model, tokenizer = embedded_model(config.seed, steps=0 if config.resume else 400)
         return model.to(device), tokenizer
     if re.match("(?i)qwen[^/]*$", source) and not Path(source).exists():
@@ -927,8 +928,6 @@ def train(config):
     c = config
     check_config(c)
     join_processes()
-    if c.model == "embedded":
-        torch.set_num_threads(1)  # so small a model only has threads wait for one another
     out = Path(c.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{c.algo}-{c.seed}")
     model, tokenizer = load_model(c)
     problems, tests = load_data(c, model, tokenizer)
