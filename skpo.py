@@ -322,7 +322,7 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
     responses [B][G], rewards [B, G]. paper silent: the warm-up counts training steps."""
     sampled = time.perf_counter()
     log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
-    optimizer.param_groups[0]["lr"] = log["lr"]
+    optimizer.param_groups[0].update(lr=log["lr"], weight_decay=config.weight_decay)
     size = len(groups) // config.minibatches
     sums = Counter()
     for b in range(0, len(groups), size):
@@ -932,12 +932,11 @@ def train(config):
     model, tokenizer = load_model(c)
     problems, tests = load_data(c, model, tokenizer)
     shard(model, c)
-    optimizer = torch.optim.AdamW(model.parameters(), c.lr, (0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # `learn` sets lr, decay
     trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, c.init_length)]
     state = State(*trackers, {})
     if c.resume:
         load_checkpoint(out, model, optimizer, state)
-    optimizer.param_groups[0]["weight_decay"] = c.weight_decay  # a flag may change it on resume
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
