@@ -985,10 +985,8 @@ def parse_config(argv):
     """The command line as a Config. A comment in Config is the flag's help; the embedded model, a
     machine without a GPU and a run that is resumed bring defaults of their own."""
     for name, text in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
-        Config.__dataclass_fields__[name].metadata = {"help": text.replace("%", "%%")}
-    parser = transformers.HfArgumentParser(
-        Config, usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        Config.__dataclass_fields__[name].metadata = {"help": text}
+    parser = transformers.HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
     first = parser.parse_args(argv)
     saved = Path(first.out, "config.json")
     if first.resume and first.out and saved.is_file():
