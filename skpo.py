@@ -997,7 +997,7 @@ def parse_config(argv):
         parser.set_defaults(**SMALL)
         paper = " ".join(f"--{name} {getattr(Config, name)}" for name in SMALL)
         print(f"no GPU: a small plan, for what no flag sets; the paper's: {paper}")
-    return Config(**vars(parser.parse_args(argv)))
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 def check_config(config):
     """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""

@@ -674,7 +674,8 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
     ("--lr fast", "invalid float"), ("--rho_min 0.99", "<= rho_max"), ("--clip_low 1", "low < 1"),
     ("--temperature 0", "steps == 0"), ("--algo grpo --ablation no_mc", "ablation == 'none'"),
     ("--algo ppo", "invalid choice"), ("--resume --out @/run", "no checkpoint"),
-    ("--resume --out @/torn", "cannot resume"), ("--resume --out @/torn --steps 0", "steps")])
+    ("--resume --out @/model", "no checkpoint"), ("--resume --out @/torn", "cannot resume"),
+    ("--resume --out @/torn --steps 0", "steps")])
 def test_a_mistake_gets_one_line(files, quick, capsys, arguments, words):
     before = {p: p.read_bytes() for p in files.rglob("*") if p.is_file()}
     arguments = f"--out @/fresh {arguments}".replace("@", str(files))  # the last --out counts
