@@ -26,7 +26,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Subnormal
 from functools import lru_cache, partial
 from html.entities import html5
@@ -735,8 +735,8 @@ def prompt_ids(tokenizer, question, template="auto"):
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
 
 def load_model(config):
-    """(model, tokenizer), float32, on a GPU if any; no remote code, no pickle. Refused where a shared
-    cache and a plain pass differ in log-probs: recurrent states, scaled logits, broken weights."""
+    """(model, tokenizer), float32, on a GPU if any; no remote code, no pickle. Refused if log-probs
+    through a shared cache are wrong: recurrent states, scaled or capped logits, broken weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = config.model
     if source == "embedded":
@@ -939,7 +939,8 @@ def train(config):
         load_checkpoint(out, model, optimizer, state)
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(c), indent=1))
+        (out / "config.tmp").write_text(json.dumps(vars(c), indent=1))
+        os.replace(out / "config.tmp", out / "config.json")  # a kill leaves the old one or the new
     print(f"{c.model}: {model.num_parameters() / 1e6:.2f}M parameters, {dist.get_world_size()} x "
           f"{model.device}\n{out}: {c.algo}, ablation {c.ablation}, steps {state.step + 1} to "
           f"{c.steps} of {c.prompts_per_step} prompts x {c.group_size} responses of up to "
@@ -1002,7 +1003,7 @@ def parse_config(argv):
 def check_config(config):
     """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""
     for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        if not isinstance(value, str) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: wanted is a number from 0 up")
     for rule in re.split(r"\s*[;\n]\s*", RULES):
         condition, _, words = rule.partition("  # ")

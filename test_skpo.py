@@ -627,7 +627,7 @@ def kill_at(count, function):
 def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
     skpo.main(flags(whole := tmp_path / "whole", folder))
     arguments = flags(killed := tmp_path / "killed", folder)
-    for name, count in (("os.replace", 2), ("skpo.update", 6), ("skpo.tqdm.write", 2)):
+    for name, count in (("os.replace", 3), ("skpo.update", 6), ("skpo.tqdm.write", 2)):
         code = f"{KILLED}{name} = kill_at({count}, {name}); skpo.main()"
         command = [sys.executable, "-c", code, str(HERE), *arguments]
         assert subprocess.run(command, timeout=60).returncode == -9
