@@ -173,7 +173,8 @@ class Tracker:
 def choose_prompts(values, n, rng, eps=0.05):
     """n distinct prompts, those of middling value most often: weight sqrt(v (1 - v)) + eps with
     v = (1 + V) / 2 (SPO eq. 11). values [size] in [-1, 1] -> n indices."""
-    weight = np.sqrt(abs(1 - values**2)) / 2 + eps  # abs: rounding may take V beyond 1
+    variance = np.clip(1 - values**2, 0, None) / 4  # v (1 - v)
+    weight = np.sqrt(variance) + eps
     p = weight / weight.sum()
     return rng.choice(len(values), n, replace=False, p=p)
 
@@ -409,8 +410,8 @@ def grpo_step(model, tokenizer, optimizer, problems, state, config):
     """GRPO as published (Shao et al. 2024), the paper's baseline: G responses from q, PPO-clip at
     1 +- clip_low (eq. 6's form) on the group's advantages, a mean over the tokens of a response,
     then over responses, no KL. paper silent: prompts are chosen as for SKPO, with D = 0."""
-    rng, sample, log = begin(model, tokenizer, config, state.step)
     c = config
+    rng, sample, log = begin(model, tokenizer, c, state.step)
     chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
     q = [problems[i] for i in chosen]  # [B] Problems
     responses = sample([p.ids for p in q], c.group_size)  # [B][G]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests of skpo.py against independent arithmetic and plain forward passes. Small models, a CPU."""
-import contextlib, copy, json, math, os, random, re, shutil, subprocess, sys, time
+import contextlib, copy, json, math, os, random, re, shutil, subprocess, sys, timeit
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,9 +154,7 @@ HOSTILE = [
 JUNK = r"1 23 . , x \frac \sqrt { } ( ) [ ] ^ _ ! | + - / \% = \text{ \cup e i \{ 9999 \times"
 
 def seconds(function, *arguments):
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
+    return timeit.timeit(lambda: function(*arguments), number=1)
 
 def test_hostile_answers_are_wrong_quickly_and_run_nothing(tmp_path):
     code = [f"__import__('os').system('touch {tmp_path}/x')", f"open('{tmp_path}/x','w')"]
@@ -293,9 +291,8 @@ def test_chunked_logprobs_for_any_chunk(chunk):
     head, hidden, targets = torch.nn.Linear(8, 30), torch.randn(17, 8), torch.randint(30, (17,))
     p = (head(hidden.requires_grad_()) / 0.7).softmax(-1)
     expected = p.log()[torch.arange(17), targets]
-    got = skpo.chunked_logprobs(head, hidden, targets, 0.7, chunk)
-    grads = [torch.autograd.grad(x.square().sum(), hidden)[0] for x in (got, expected)]
-    assert near(got, expected) and near(*grads)
+    both = skpo.chunked_logprobs(head, hidden, targets, 0.7, chunk), expected
+    assert near(*both) and near(*(torch.autograd.grad(x.square().sum(), hidden)[0] for x in both))
 
 def test_micro_batches_cover_every_row_once_within_the_limit():
     lengths = np.random.default_rng(0).integers(1, 200, 64).tolist()
@@ -489,9 +486,9 @@ def test_a_training_step_does_what_the_paper_says(warm, monkeypatch):
     assert [(s.prompt, s.tokens) for s in t.downs] == pairs
     assert np.allclose([s.advantage for s in t.downs], standard(R).ravel())
     assert np.allclose([s.weight for s in t.downs], np.repeat(1 / (2 * lengths.sum(1)), 8))
-    tables = torch.cat([plain_logprobs(warm[0], *pair)[0].detach() for pair in pairs])
-    entropy = -(tables.exp() * tables).sum(1).mean().item()  # exact; the row's is from the samples
-    assert abs(t.row["entropy"] - entropy) < 4 / lengths.sum() ** 0.5
+    tables = torch.cat([plain_logprobs(warm[0], *pair)[0].exp() for pair in pairs])
+    exact = torch.special.entr(tables).sum(1).mean()  # the row's is an estimate from the samples
+    assert abs(t.row["entropy"] - exact) < 4 / lengths.sum() ** 0.5
     expected = dict(
         reward=R.mean(), mc_value=R.mean(), accuracy=(R > 0).mean(), lr=3e-5,
         mc_noise=(R.var(1, ddof=1) / 8).mean() / surprise.var(), response_tokens=lengths.mean(),
