@@ -13,8 +13,8 @@ To value every prefix of a response by sampling from it takes hundreds of sample
 ONE prefix a prompt: a segment s of reasoning, put AHEAD of the prompt, [s, q]. The mean reward of
 the G responses from there is its Monte Carlo value. They are trained on their advantage within the
 group, s on its value minus a running value of the prompt (SPO: Xu & Ding, arXiv 2509.13232).
-`training_step` has it in 11 steps; `paper silent` marks a choice that the paper leaves open. Its
-one pass over a KV cache is two rollouts here, each sharing its prompts' cache.
+`training_step` has it in 11 steps; `paper silent` marks a choice that the paper leaves open. The
+paper's single pass over a KV cache is two rollouts here, each sharing its prompts' cache.
 """
 import argparse
 import inspect
@@ -50,7 +50,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 # ---- 1. Config: Appendix C -----------------------------------------------------------------------
 @dataclass
 class Config:
-    """Every knob, with the paper's value. The comment beside it is its --help."""
+    """Every knob, with the paper's value where it has one. The comment beside it is its --help."""
     Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
     model: str = "embedded"  # transformers folder or hub name; "embedded": a tiny one, built here
     data: str = ""  # JSON lines to train on, or "sums", "arithmetic"; "": built-in problems
@@ -76,21 +76,21 @@ class Config:
     split_low: float = 1 / 6  # t_q is drawn between split_low * L_q ...
     split_high: float = 1 / 2  # ... and split_high * L_q
     init_length: float = 1024  # L_q of a prompt not seen yet, tokens
-    rho_min: float = 0.875  # trackers: least memory, after a large move of the policy
-    rho_max: float = 0.96  # trackers: most memory, after a small one
-    tau: float = 8.0  # trackers: the divergence that halves the memory, nats
+    rho_min: float = 0.875  # trackers: least rho, after a large move of the policy
+    rho_max: float = 0.96  # trackers: largest rho, after a small one
+    tau: float = 8.0  # trackers: rho is 2^(-D / tau), clipped; D, how far the policy moved, in nats
     explore_eps: float = 0.05  # added to the weight with which a prompt is drawn
     template: Literal["auto", "none"] = "auto"  # auto: ask for a box, in the chat template if any
     micro_tokens: int = 4096 if torch.cuda.is_available() else 1024  # tokens in a training pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on a GPU
     seed: int = 0  # the same seed gives the same numbers on the same machine, if it is a CPU
-    eval_every: int = 50  # steps between evaluations, one before the first step too; 0: none
+    eval_every: int = 50  # steps between evaluations, and before the first, after the last; 0: none
     eval_samples: int = 4  # k of avg@k, pass@k and maj@k: samples of each evaluation problem
     eval_problems: int = 0  # at most so many of each evaluation set; 0: all
     save_every: int = 50  # steps between checkpoints, one after the last step too; 0: that alone
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
-# Defaults of the embedded model, and of any other one without a GPU (w_up: README, noise.py)
+# Defaults of the embedded model, and of any other one without a GPU (w_up: README, "Noise")
 EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10)
 SMALL = dict(steps=20, prompts_per_step=8, minibatches=2, group_size=4, max_new_tokens=128,
              lr=1e-5, w_up=0.0, init_length=64, eval_every=10, eval_samples=1, eval_problems=16,
@@ -102,7 +102,7 @@ class Sample:
     tokens: list  # ids, EOS included
     logprobs: list  # nats, log pi_old of each token, as it was sampled
     finished: bool  # the last token is an EOS
-    prompt: list = field(default_factory=list)  # ids: q for a segment, [s, q] for a response
+    prompt: list = field(default_factory=list)  # ids of what it follows: q, or [s, q]
     complete: list = field(default_factory=list)  # ids to grade and measure, if more than tokens
     text: str = ""  # of those ids, once graded
     limit: int = 0  # tokens that it may still take, while it is sampled
@@ -201,8 +201,8 @@ def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, c
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs.detach() - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    J = weights * clipped * A * logprobs
-    return -J.sum()
+    objective = weights * clipped * A * logprobs
+    return -objective.sum()
 
 def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.2):
     """J_up (eq. 6): -sum w min(r A, clip(r, 1 - low, 1 + high) A), PPO's: a token clipped in its
@@ -211,8 +211,8 @@ def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, cli
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    J = weights * torch.minimum(ratio * A, clipped * A)
-    return -J.sum()
+    objective = weights * torch.minimum(ratio * A, clipped * A)
+    return -objective.sum()
 
 
 # ---- 5. The training step: Section 3, in its order -----------------------------------------------
@@ -224,19 +224,19 @@ class State:
     last: dict  # prompt index -> the segment kept at its last visit
     step: int = 0
 
-def skip_responses(sample, segments, tokenizer, config):
+def skip_responses(rollout, segments, tokenizer, config):
     """Steps 4 and 5: G complete responses from [s, q]. segments: B Samples -> [B][G] Samples.
     paper silent: each gets the full limit after [s, q], and L_q is measured without s."""
-    bos = next(iter(tokenizer("")["input_ids"]), None)  # what opens every text, if anything does
+    bos = next(iter(tokenizer("")["input_ids"]), None)  # not bos_token_id: it may open nothing
     x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [B] token ids
-    return sample(x, config.group_size)
+    return rollout(x, config.group_size)
 
 def training_step(model, tokenizer, optimizer, problems, state, config, split=split_position,
                   select=select_segment, respond=skip_responses, outcomes=None):
     """Steps 1 to 11 on B prompts; the last four arguments are what Table 2 replaces (`ablation`).
     problems: Problems with their prompts' ids. Returns the step's row of metrics.jsonl."""
     c = config
-    rng, sample, log = begin(model, tokenizer, c, state.step)  # sample(prompts, n, limits): [P][n]
+    rng, rollout, log = begin(model, tokenizer, c, state.step)  # rollout(x, n, limits): [P][n]
 
     # 1. Choose B distinct prompts. V is read here: step 8 wants the value from before step 11.
     chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
@@ -247,7 +247,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
     L_q = state.lengths.value[chosen]  # [B], tokens
     t_q = [split(L, rng, c.split_low, c.split_high) for L in L_q]  # [B], tokens
     t_q = np.minimum(t_q, c.max_new_tokens)
-    drawn = sample([p.ids for p in q], c.group_size, t_q)  # [B][G]
+    drawn = rollout([p.ids for p in q], c.group_size, t_q)  # [B][G] Samples
 
     # 3. Select the segment of median surprise, drop the others.
     segments = []  # [B]
@@ -257,13 +257,13 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
         segments.append(group[index])
 
     # 4. and 5. Downstream, phase II: G responses from the skip-connected prompt [s, q].
-    responses = respond(sample, segments, tokenizer, c)  # [B][G]
+    responses = respond(rollout, segments, tokenizer, c)  # [B][G] Samples
 
     # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
     R_II = grade(tokenizer, q, responses)  # [B, G] of +-1
     R_I = monte_carlo_value(R_II)  # [B]
     if outcomes:
-        R_I = outcomes(sample, segments, tokenizer, q)  # [B]
+        R_I = outcomes(rollout, segments, tokenizer, q)  # [B]
 
     # 7. and 8. Advantages.
     A_II = group_advantages(R_II)  # [B, G]
@@ -284,7 +284,7 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
             o.weight = 1 / (tokens * prompts)  # eq. 5
 
     # How far pi has moved since it last saw q, for step 11; step 10 moves it again.
-    before = [state.last.get(i, s) for i, s in zip(chosen, segments)]  # first visit: s
+    before = [state.last.get(i, s) for i, s in zip(chosen, segments)]  # first visit: s, no move
     drift = policy_drift(model, before, c)  # [B], nats
 
     # 10. One optimiser step a mini-batch.
@@ -299,17 +299,17 @@ def training_step(model, tokenizer, optimizer, problems, state, config, split=sp
 
     noise = (1 - R_I**2).mean() / (c.group_size - 1)  # variance that sampling G responses adds
     variance = (R_I - torch.tensor(V)).var(correction=0)  # of the upstream advantage, raw
-    log["mc_noise"] = (noise / variance).item() if variance else None
+    log["mc_noise"] = (noise / variance).item() if variance and not outcomes else None
     log["mc_value"] = R_I.mean().item()
     log["segment_tokens"] = np.mean([len(s.tokens) for s in segments])
     return log
 
 @torch.no_grad()
 def policy_drift(model, segments, config):
-    """D: how far pi moved since it last acted on each prompt, the mean over the tokens of the
-    segment kept then of |log pi_then - log pi_now|. B Samples -> [B] nats. paper silent: after
-    SPO's code, but on s alone (SPO: the whole response) and before the update (SPO: after it)."""
-    D = torch.zeros(len(segments), device=model.device)
+    """D, how far pi moved since it last acted on each prompt: mean_t |log pi_then - log pi_now| of
+    the segment kept then. B Samples -> [B] nats. paper silent: after SPO's code, but on s alone
+    (SPO: the whole response) and before the update (SPO: after it)."""
+    D = torch.zeros(len(segments), device=model.device)  # 0 where another process fills it
     for rows in filter(None, micro_batches(segments, config.micro_tokens)):
         now, then, mask = now_and_then(model, [segments[i] for i in rows], config)  # [N, T] each
         D[rows] = (now - then).abs().sum(1) / mask.sum(1)
@@ -356,13 +356,13 @@ def update(model, optimizer, samples, config):
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
         weights = mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
         up = mask.new_tensor([[s.upstream] for s in batch])  # [N, 1]
-        J_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
-        J_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
-        loss = c.w_up * J_up + c.w_down * J_down  # eq. 4
+        loss_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
+        loss_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
+        loss = c.w_up * loss_up + c.w_down * loss_down  # eq. 4
         (loss * dist.get_world_size()).backward()  # a sum over processes; FSDP takes a mean
         ratio = (logprobs.detach() - old).exp()  # [N, T]
         high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
-        clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)
+        clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)  # whatever the advantage's sign
         terms = (weights > 0) * torch.stack([mask, ratio, clipped])  # [3, N, T]
         sums += terms.sum((1, 2))
     dist.all_reduce(sums)
@@ -374,8 +374,8 @@ def update(model, optimizer, samples, config):
     optimizer.zero_grad()
     each_shard(model, "reshard")  # the step has moved the masters
     each_shard(model, "unshard")
-    names = ("tokens", "ratio", "clip_fraction", "grad_norm")
-    return dict(zip(names, [*sums.tolist(), norm]))
+    tokens, ratio, clipped = sums.tolist()
+    return dict(tokens=tokens, ratio=ratio, clip_fraction=clipped, grad_norm=norm)
 
 def now_and_then(model, samples, config):
     """log pi of the tokens of N Samples now, with gradients, and as they were sampled; their mask.
@@ -411,33 +411,34 @@ def grpo_step(model, tokenizer, optimizer, problems, state, config):
     1 +- clip_low (eq. 6's form) on the group's advantages, a mean over the tokens of a response,
     then over responses, no KL. paper silent: prompts are chosen as for SKPO, with D = 0."""
     c = config
-    rng, sample, log = begin(model, tokenizer, c, state.step)
+    rng, rollout, log = begin(model, tokenizer, c, state.step)
     chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
     q = [problems[i] for i in chosen]  # [B] Problems
-    responses = sample([p.ids for p in q], c.group_size)  # [B][G]
+    responses = rollout([p.ids for p in q], c.group_size)  # [B][G] Samples
     R = grade(tokenizer, q, responses)  # [B, G]
     for o, A in zip(sum(responses, []), group_advantages(R).flatten().tolist()):
         o.upstream = True  # the form of eq. 6
         o.advantage = A
         o.weight = c.minibatches / (len(o.tokens) * R.size)  # R.size: B G responses
-    learn(model, optimizer, responses, responses, R, replace(c, w_up=1.0), log)
+    c = replace(c, w_up=1.0)  # eq. 6 is the whole loss
+    learn(model, optimizer, responses, responses, R, c, log)
     state.values.update(chosen, R.mean(1), 0.0)
     return log
 
-def continued_responses(sample, segments, tokenizer, config):
+def continued_responses(rollout, segments, tokenizer, config):
     """no_skip: G responses from [q, s]. paper silent: s + o is graded, measured, and limited."""
     limits = [max(1, config.max_new_tokens - len(s.tokens)) for s in segments]
-    responses = sample([s.prompt + s.tokens for s in segments], config.group_size, limits)
+    responses = rollout([s.prompt + s.tokens for s in segments], config.group_size, limits)
     for s, group in zip(segments, responses):
         for o in group:
             o.complete = s.tokens + o.tokens
     return responses
 
-def own_outcomes(sample, segments, tokenizer, problems):
+def own_outcomes(rollout, segments, tokenizer, problems):
     """no_mc: the outcome of one continuation from [q, s], or of the segment that ended by itself
     -> [B]. paper silent: V(q) follows it too; the continuation has the full limit."""
     paused = [s for s in segments if not s.complete]
-    onward = sample([s.prompt + s.tokens for s in paused], 1)  # [P][1]
+    onward = rollout([s.prompt + s.tokens for s in paused], 1)  # [P][1]
     for s, (o,) in zip(paused, onward):
         s.complete = s.tokens + o.tokens
     return monte_carlo_value(grade(tokenizer, problems, [[s] for s in segments]))
@@ -450,7 +451,7 @@ def ablation(config, step):
         "none": {},
         "no_skip": dict(respond=continued_responses),
         "no_mc": dict(outcomes=own_outcomes),
-        "fixed_split": dict(split=lambda length, *_: max(1, round(end * length))),
+        "fixed_split": dict(split=lambda length, rng, *_: split_position(length, rng, end, end)),
         "extreme_selection": dict(select=partial(select_segment, target=extreme)),
     }[config.ablation]
 
@@ -458,7 +459,7 @@ def ablation(config, step):
 # ---- 8. Rollouts, log-probs, evaluation ----------------------------------------------------------
 NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
-BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: if a terminal
+BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: terminals only
 CHUNK = 16  # tokens sampled between two looks at which rows have ended
 
 def forward(model, ids, cache):
@@ -478,8 +479,8 @@ def prefill(model, prompts):
     cache of all but the last token of each. Equal prompts are run once, in training too."""
     unique = {}  # prompt -> its row
     rows = [unique.setdefault(tuple(p), len(unique)) for p in prompts]  # [N]
-    ids = [torch.tensor(p, device=model.device) for p in [*unique, (-1, -1)]]
-    ids = pad_sequence(ids, True, -1, "left")[:-1]  # [P, S]; S is 2 or more: a token to prefill
+    ids = [torch.tensor(p, device=model.device) for p in [*unique, (-1, -1)]]  # S is 2 at least:
+    ids = pad_sequence(ids, True, -1, "left")[:-1]  # [P, S]; something must be prefilled
     cache = DynamicCache(config=model.config)
     forward(model, ids[:, :-1], cache)
     cache.batch_select_indices(rows)  # P -> N rows
@@ -514,7 +515,7 @@ def sample_rows(model, rows, eos):
             ids.clamp(0), attention_mask=(ids >= 0).long(), synced_gpus=False,
             max_new_tokens=min(CHUNK, max(s.limit for s in rows)), **{CACHE: cache})
         drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
-        steps = zip(out.scores, drawn.T)  # the last scores may lack a token
+        steps = zip(out.scores, drawn.T)  # if transformers stops a step late, scores outnumber ids
         logprobs = [Categorical(logits=scores).log_prob(token) for scores, token in steps]
         logprobs = torch.stack(logprobs, 1)  # [N, drawn]
         for s, new, nats in zip(rows, drawn.tolist(), logprobs.tolist()):
@@ -534,8 +535,8 @@ def sample_rows(model, rows, eos):
 
 def rows_that_fit(model, length):
     """How many rows of `length` tokens may be sampled at once, by their keys, values and logits."""
-    _, cache = prefill(model, [[0, 0]])
-    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    _, cache = prefill(model, [[0, 0]])  # holds one token
+    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # bytes
     logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32, some copies
     memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
     if model.device.type == "cuda":
@@ -557,7 +558,7 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
     """log softmax(head(hidden) / temperature)[target], nats, with gradients: hidden [M, D], targets
-    [M] -> float32 [M]. A chunk's logits [chunk, V] are not kept: the backward pass has its own."""
+    [M] -> float32 [M]. A chunk's logits [chunk, V] are not kept, the backward pass recomputes."""
     def piece(h, target):
         logits = head(h).float() / temperature  # [m, V]
         return -torch.nn.functional.cross_entropy(logits, target, reduction="none")  # [m]
@@ -575,9 +576,9 @@ def grade(tokenizer, problems, groups):
 def evaluate(model, tokenizer, problems, config):
     """k samples of each of P problems, from q alone. accuracy: avg@k, the share of right ones;
     pass_at_k: of problems with one; majority: maj@k, of problems whose most frequent answer is."""
-    _, sample, _ = begin(model, tokenizer, config, 10**9)  # the same draws at every evaluation
+    _, rollout, _ = begin(model, tokenizer, config, 10**9)  # the same draws at every evaluation
     k = config.eval_samples if config.temperature else 1
-    groups = sample([p.ids for p in problems], k)  # [P][k]
+    groups = rollout([p.ids for p in problems], k)  # [P][k]
     right = grade(tokenizer, problems, groups) > 0  # [P, k]
     majority = []
     for p, group in zip(problems, groups):
@@ -628,7 +629,7 @@ TIDY = [  # in this order
 
 def extract_answer(text):
     r"""What the last complete \boxed{...} in text holds; None if none or empty. One pass."""
-    ends = []  # of the open braces, seen from the right
+    ends = []  # of } that no { has met yet, from the right
     for token in reversed([*re.finditer(r"(\\boxed\s*|)\{|\}|\\.", text, re.DOTALL)]):
         if token[0] == "}":
             ends.append(token.start())
@@ -646,7 +647,7 @@ def is_correct(response, answer):
 def normal_form(text):
     """What equal answers share: their values, or the text tidied. Hashable."""
     for pattern, new in TIDY:
-        if len(text) > 300 or re.search("[一-鿿]", text):  # value has these letters for itself
+        if len(text) > 300 or re.search("[一-鿿]", text):  # `value` puts these for brackets
             return text
         text = re.sub(pattern, new, text)
     try:  # with letters of either sign: |x| is not x
@@ -656,7 +657,7 @@ def normal_form(text):
 
 
 def power(left, right):
-    """left^right; of a negative number, an odd root is the real one, another one some number."""
+    """left^right; of a negative number, an odd root is the real one, another an arbitrary one."""
     if left < 0 and right % 1:
         odd = ROUNDED.divide(1, right) % 2 == 1
         sign = -1 if odd else NUMBERS.power(Decimal("1.37"), right)
@@ -730,10 +731,10 @@ def prompt_ids(tokenizer, question, template="auto"):
         question += "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": question.strip()}]
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                 return_dict=False, date_string="1 Jan 2026")
+            return tokenizer.apply_chat_template(  # some templates tell the date
+                messages, add_generation_prompt=True, return_dict=False, date_string="1 Jan 2026")
     ids = tokenizer(question)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some end each text with EOS
 
 def load_model(config):
     """(model, tokenizer), float32, on a GPU if any; no remote code, no pickle. Refused if log-probs
@@ -765,7 +766,7 @@ def load_model(config):
 
 def embedded_model(seed, steps=400, batch=64, slips=0.2):
     """A character-level Qwen2 of 75k parameters that stands in for a pretrained model: supervised
-    for seconds on worked digit sums in which every fifth step slips, so that it knows how, yet is
+    for seconds on worked digit sums in which one step in five slips, so that it knows how, yet is
     often wrong. In half of the documents an attempt stands ahead of the problem, as in [s, q]."""
     import tokenizers
     words = [*"0123456789=", "\\boxed{", "}", "<eos>", "<unk>"]
@@ -815,15 +816,15 @@ def join_processes():
 
 def shard(model, config):
     """FSDP2: float32 master weights, gradients and moments, of which each process holds its part;
-    compute and KV cache in bfloat16. The weights that compute stay whole between optimiser steps:
-    no process waits for another while it samples. One CPU process in float32 goes without."""
+    compute and KV cache in --dtype. The weights that compute stay whole between optimiser steps: no
+    process waits for another while it samples. One CPU process in float32 goes without."""
     cuda = model.device.type == "cuda"
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
-    if not (cuda or half or dist.get_world_size() > 1):
+    bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
+    if not (cuda or bf16 or dist.get_world_size() > 1):
         return
     # cuDNN attention: NaN gradients on H100/H200, masked and 64 modulo 128 long (pytorch 196678)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    policy = MixedPrecisionPolicy(torch.bfloat16 if half else torch.float32, torch.float32)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else torch.float32, torch.float32)
     blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]
     for module in blocks + [model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
@@ -841,9 +842,9 @@ def each_shard(model, do):
 
 # ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
 def begin(model, tokenizer, config, step):
-    """(rng, sample, log). Random numbers depend on seed and step alone, so that a resumed run needs
-    no others: NumPy's, the same in all processes, and torch's, others in each. sample(prompts, n,
-    limits) -> [P][n] Samples is `generate`, the prompts dealt out to the processes."""
+    """(rng, rollout, log). rng is NumPy's, the same in all processes; torch's is another in each.
+    Both are seeded by seed and step alone: a checkpoint holds no state of theirs. rollout(prompts,
+    n, limits) -> [P][n] Samples is `generate`, the prompts dealt out to the processes."""
     join_processes()
     rank, world = dist.get_rank(), dist.get_world_size()
     rng = np.random.default_rng([config.seed, step])
@@ -851,7 +852,7 @@ def begin(model, tokenizer, config, step):
     each_shard(model, "unshard")
     log = dict(step=step, start=time.perf_counter(), tokens=0)
 
-    def sample(prompts, n, limits=config.max_new_tokens):
+    def rollout(prompts, n, limits=config.max_new_tokens):
         limits = np.broadcast_to(limits, len(prompts))[rank::world]
         mine = generate(model, tokenizer, prompts[rank::world], n, limits, config.temperature)
         parts = [None] * world
@@ -859,11 +860,11 @@ def begin(model, tokenizer, config, step):
         groups = [parts[i % world][i // world] for i in range(len(prompts))]
         log["tokens"] += sum(len(s.tokens) for s in sum(groups, []))
         return groups
-    return rng, sample, log
+    return rng, rollout, log
 
 def load_data(config, model, tokenizer):
     """Problems to train on, and {name: problems} to evaluate on, with their prompts' ids. Without
-    --eval_data an eighth is held out, whatever the flags: a run may be resumed with others."""
+    --eval_data an eighth, at most 256, is held out, the same ones whatever the seed."""
     c = config
     train = load_problems(c.data or ("sums" if c.model == "embedded" else "arithmetic"))
     most = c.eval_problems or None
@@ -904,7 +905,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, state):
         tokenizer.save_pretrained(out / "model")
         model.save_pretrained(out / "model", state_dict=dict(weights))  # which it empties
         torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # last: else it is done again
+        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # last: this counts as done
     except Exception as error:  # a full disk has many names
         raise UserError(f"no checkpoint saved, an older one is untouched: {error}") from None
 
@@ -941,7 +942,7 @@ def train(config):
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.tmp").write_text(json.dumps(vars(c), indent=1))
-        os.replace(out / "config.tmp", out / "config.json")  # a kill leaves the old one or the new
+        os.replace(out / "config.tmp", out / "config.json")
     print(f"{c.model}: {model.num_parameters() / 1e6:.2f}M parameters, {dist.get_world_size()} x "
           f"{model.device}\n{out}: {c.algo}, ablation {c.ablation}, steps {state.step + 1} to "
           f"{c.steps} of {c.prompts_per_step} prompts x {c.group_size} responses of up to "
@@ -954,11 +955,11 @@ def train(config):
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    first = {}  # accuracy of each evaluation set when it was evaluated first
+    first = {}  # accuracy of each evaluation set when this process evaluated it first
     method = {"skpo": training_step, "grpo": grpo_step}[c.algo]
-    for state.step in range(state.step + c.resume, c.steps + 1):  # step 0 only evaluates
+    for state.step in range(state.step + c.resume, c.steps + 1):  # resumed: after the saved step
         last = state.step == c.steps
-        if state.step:
+        if state.step:  # step 0 only evaluates
             row = method(model, tokenizer, optimizer, problems, state, c, **ablation(c, state.step))
             left = f"{row['seconds'] * (c.steps - state.step) / 60:.0f} min to go"
             log(row, ("reward", "response_tokens", "zero_advantage", "seconds"), left)
