@@ -337,7 +337,7 @@ def learn(model, optimizer, groups, responses, rewards, config, log):
         zero_advantage=(rewards.std(1) == 0).mean(),
         response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
         truncated=np.mean([not o.finished for o in every]),
-        entropy=-np.mean(sum([o.logprobs for o in every], [])),  # of the policy that sampled, nats
+        entropy=-np.mean(np.concatenate([o.logprobs for o in every])),  # of the sampling pi, nats
         grad_norm=sums["grad_norm"] / config.minibatches,
         rollout_seconds=sampled - log["start"], update_seconds=end - sampled,
         seconds=end - log.pop("start"), peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
@@ -348,10 +348,9 @@ def update(model, optimizer, samples, config):
     without a gradient. Returns sums over the tokens run, and the gradient's unclipped norm."""
     c = config
     samples = [s for s in samples if s.advantage and (c.w_up if s.upstream else c.w_down)]
-    idle = Sample([0], [0.0], False, [0, 0])  # without weight, for a process with no pass left
     sums = torch.zeros(3, device=model.device)  # tokens, ratios, clipped ones
     for rows in tqdm(micro_batches(samples, c.micro_tokens), "passes", **BAR):
-        batch = [samples[i] for i in rows] or [idle]
+        batch = [samples[i] for i in rows] or [replace(samples[-1], weight=0.0)]  # idle
         logprobs, old, mask = now_and_then(model, batch, c)  # [N, T] each
         A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
         weights = mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
@@ -359,7 +358,7 @@ def update(model, optimizer, samples, config):
         loss_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
         loss_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
         loss = c.w_up * loss_up + c.w_down * loss_down  # eq. 4
-        (loss * dist.get_world_size()).backward()  # a sum over processes; FSDP takes a mean
+        loss.backward()
         ratio = (logprobs.detach() - old).exp()  # [N, T]
         high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
         clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)  # whatever the advantage's sign
@@ -548,7 +547,7 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
     lists of ids; equal prompts are run once. -> logprobs (nats) and mask [N, T], 0 where padded."""
     x, cache = prefill(model, prompts)  # [N, S]
-    targets = pad_sequence([x.new_tensor(o) for o in responses], True, -1)  # [N, T]
+    targets = pad_sequence([x.new_tensor(o) for o in [*responses, [-1]]], True, -1)[:-1]  # [N, T]
     mask = targets >= 0
     ids = torch.cat([x, targets], 1)  # [N, S + T]
     hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
@@ -655,7 +654,6 @@ def normal_form(text):
     except Exception:  # no expression, or too large
         return "".join(text.split())
 
-
 def power(left, right):
     """left^right; of a negative number, an odd root is the real one, another an arbitrary one."""
     if left < 0 and right % 1:
@@ -716,7 +714,7 @@ def load_problems(source):
             row = json.loads(line)
             question = row.get("question", row.get("problem"))
             question = question.encode(errors="replace").decode()  # no lone surrogates
-            answer = str(row["answer"]).split("####")[-1].strip()
+            answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
             if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
                 raise ValueError
         except Exception:  # whatever a line may hold
@@ -829,6 +827,8 @@ def shard(model, config):
     for module in blocks + [model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
+        module.set_gradient_divide_factor(1)  # a sum: a weight is a row's part in the whole batch
+        module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.tensor([[0]], device=model.device))  # makes model the root
     each_shard(model, "reshard")  # an optimiser wants the masters
@@ -886,7 +886,7 @@ def load_data(config, model, tokenizer):
         problems[:] = fit
         if len(fit) < (c.prompts_per_step if problems is train and c.steps else 1):
             raise UserError(f"{name}: {len(fit)} problems are too few: lower --prompts_per_step, "
-                            "or --max_new_tokens, which leaves more of the context to a prompt")
+                            "or --max_new_tokens for more context, or raise --max_prompt_tokens")
     return train, tests
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -980,7 +980,7 @@ RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0;
     0 < split_low <= split_high <= 1; temperature > 0 or steps == 0; micro_tokens > 0
     algo == 'skpo' or ablation == 'none'; not resume or out and steps  # --resume needs --out, steps
     not resume or Path(out, 'checkpoint.pt').is_file()  # --resume: there is no checkpoint in --out
-    resume or not out or not Path(out, 'metrics.jsonl').exists()  # --out holds a run: use --resume
+    resume or not out or not any(Path(out).glob('*'))  # --out is not empty: --resume, or another
     model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # --model: there is no such folder
     model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
 
@@ -989,7 +989,9 @@ def parse_config(argv):
     machine without a GPU and a run that is resumed bring defaults of their own."""
     for name, text in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
         Config.__dataclass_fields__[name].metadata = {"help": text}
-    parser = transformers.HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(
+        Config, usage=argparse.SUPPRESS, allow_abbrev=False, description="Defaults are the paper's"
+        "; the embedded model, and any other one on a machine without a GPU, have their own.")
     first = parser.parse_args(argv)
     saved = Path(first.out, "config.json")
     if first.resume and first.out and saved.is_file():
@@ -1005,7 +1007,7 @@ def parse_config(argv):
 def check_config(config):
     """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""
     for name, value in vars(config).items():
-        if not isinstance(value, str) and not 0 <= value < math.inf:
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: wanted is a number from 0 up")
     for rule in re.split(r"\s*[;\n]\s*", RULES):
         condition, _, words = rule.partition("  # ")
