@@ -594,11 +594,6 @@ def evaluate(model, tokenizer, problems, config):
 NUMBERS = Context(prec=300, Emin=-100, Emax=100,
                   traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])  # beyond 10^+-100
 ROUNDED = Context(prec=210)  # what is compared
-KNOWN = {"e": Decimal(math.e), "π": Decimal(math.pi)}  # other letters: numbers of known["sign"]
-OPERATORS = {"+": NUMBERS.add, "-": NUMBERS.subtract, "/": NUMBERS.divide,
-             "*": NUMBERS.multiply, "": NUMBERS.multiply}  # 2x is a product
-LEVELS = [r"(.*[^-+*/^])([-+])(.+)", r"(.+)([*/]|(?<=\w)(?=[^\W\d]))(.+)",  # sums, products,
-          r"()([-+])(.+)", r"(.+?)(\^)(.+)"]  # signs, powers: the weakest first
 TIDY = [  # in this order
     (r"\\[lc]?dots(?![a-zA-Z])|\.\.+", "…"), (r"\\neq(?![a-zA-Z])", r"\\ne "),
     (r"\\begin\{[pb]?matrix\}", "(("), (r"(\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
@@ -650,9 +645,9 @@ def normal_form(text):
             return text
         text = re.sub(pattern, new, text)
     try:  # with letters of either sign: |x| is not x
-        return tuple(value(f"[{{{text}}}]", {**KNOWN, "sign": sign}) for sign in (1, -1))
+        return tuple(value(f"[{{{text}}}]", {"sign": sign}) for sign in (1, -1))
     except Exception:  # no expression, or too large
-        return "".join(text.split())
+        return text
 
 def power(left, right):
     """left^right; of a negative number, an odd root is the real one, another an arbitrary one."""
@@ -662,26 +657,30 @@ def power(left, right):
         return NUMBERS.multiply(sign, power(NUMBERS.minus(left), right))
     return NUMBERS.power(left, right)
 
+OPERATORS = [  # the weakest first; a sign is a sum without its left side
+    (r"(.*[^-+*/^]|)\+(.+)", NUMBERS.add), (r"(.*[^-+*/^]|)-(.+)", NUMBERS.subtract),
+    (r"(.+)(?:\*|(?<=\w)(?=[^\W\d]))(.+)", NUMBERS.multiply),  # 2x is a product
+    (r"(.+)/(.+)", NUMBERS.divide), (r"(.+?)\^(.+)", power)]
+
 def value(text, known):
     """The number or tuple that text stands for. Brackets become letters of known, one by one."""
     text = re.sub(r"\\frac(\w) ?(\w)", r"(\1/\2)", text)
     text = re.sub(r"\\root(\w)(\w)", r"(\2^(1/\1))", text)
     text = re.sub(r"(?<!∪)\w(∪\w)+(?!∪)", lambda m: f"«{m[0].replace('∪', ',')}»", text)
     if bracket := re.search(r"(\\?[\[({«])([^][(){}«»\\]*)\\?([])}»])", text):  # innermost
-        items = [value(item, known) for item in bracket[2].split(",")]
-        if len(items) > 1 or bracket[1] + bracket[3] not in ("()", "{}"):
+        opening, inside, closing = bracket.groups()
+        items = [value(item, known) for item in inside.split(",")]
+        if len(items) > 1 or opening + closing not in ("()", "{}"):
             items = [x if isinstance(x, tuple) else ROUNDED.normalize(x) for x in items]
-            items = sorted(items, key=str) if bracket[3] in "}»" else items
-            items = [(bracket[1][-1] + bracket[3], *items)]
+            items = sorted(items, key=str) if closing in "}»" else items
+            items = [(opening[-1] + closing, *items)]
         letter = chr(ord("一") + len(known))
-        known[letter] = items[0]
-        return value(text.replace(bracket[0], letter), known)
-    for level in LEVELS:
-        if found := re.fullmatch(level, text):
-            left, operator, right = found.groups()
-            return OPERATORS.get(operator, power)(value(left or "0", known), value(right, known))
-    if re.fullmatch(r"[a-zA-Zͱ-Ͽ](~[0-Ͽ])?", text) and text not in known:
-        known[text] = Decimal(known["sign"] * random.Random(text).uniform(1, 2))
+        return value(text.replace(bracket[0], letter), {**known, letter: items[0]})
+    for pattern, operator in OPERATORS:
+        if sides := re.fullmatch(pattern, text):
+            return operator(*(value(side or "0", known) for side in sides.groups()))
+    if re.fullmatch(r"[a-zA-Zͱ-Ͽ](~[0-Ͽ])?", text):  # but e and π are never negative
+        return Decimal((text in "eπ" or known["sign"]) * random.Random(text).uniform(1, 2))
     return known[text] if text in known else NUMBERS.create_decimal(text)
 
 
