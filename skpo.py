@@ -984,13 +984,12 @@ RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0;
     model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
 
 def parse_config(argv):
-    """The command line as a Config. A comment in Config is the flag's help; the embedded model, a
-    machine without a GPU and a run that is resumed bring defaults of their own."""
+    """The command line as a Config. Defaults are the paper's, but the embedded model, a machine
+    without a GPU and a resumed run have their own. A comment in Config is its flag's help."""
     for name, text in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
         Config.__dataclass_fields__[name].metadata = {"help": text}
-    parser = transformers.HfArgumentParser(
-        Config, usage=argparse.SUPPRESS, allow_abbrev=False, description="Defaults are the paper's"
-        "; the embedded model, and any other one on a machine without a GPU, have their own.")
+    parser = transformers.HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                           description=parse_config.__doc__)
     first = parser.parse_args(argv)
     saved = Path(first.out, "config.json")
     if first.resume and first.out and saved.is_file():
