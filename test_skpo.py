@@ -661,8 +661,8 @@ def files(tmp_path, folder):  # data files, right and wrong, folders that hold r
 @pytest.mark.parametrize("arguments, words", [
     ("--model @/none", "no such folder"), ("--resume --out=", "needs --out"),
     ("--model qwen2.5-none", "--model Qwen/qwen2.5-none"), ("--model @/nomodel", "cannot use"),
-    ("--model @/narrow", "or --max_new"), ("--model x --data @/none", "No such file"),
-    ("--model x --eval_data @/good,@/none", "No such file"), ("--group_sze 4", "--group_sze"),
+    ("--model @/narrow", "or --max_new"), ("--model x --data @/none", "no file"),
+    ("--model x --eval_data @/good,@/none", "no file"), ("--group_sze 4", "--group_sze"),
     ("--out @/run", "is not empty"), ("--model @/model --data @/few", "--data: 7 problems"),
     ("--model @/model --data @/broken", "line 2: not a JSON"), ("--data @/good", "need a --model"),
     ("--group_size 1", "size >= 2"), ("--prompts_per_step 0", "step > 0"), ("--out @/good", "good"),
