@@ -1,50 +1,71 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "transformers>=4.57.1,<6", "numpy"]
+# dependencies = ["torch==2.13.0", "transformers>=5,<6", "numpy", "sympy"]
 # ///
-"""SKPO, Skip-Connected Policy Optimization (Teng et al., arXiv 2604.08690), in one file.
+r"""SKPO, Skip-Connected Policy Optimization (Teng et al., arXiv 2604.08690), in one file.
 
     python skpo.py                                        # embedded tiny model and task, on a CPU
     python skpo.py --model Qwen2.5-0.5B --data train.jsonl --eval_data test.jsonl
     torchrun --standalone --nproc_per_node 8 skpo.py ...  # several GPUs
 
-To value every prefix of a response by sampling from it takes hundreds of samples each. SKPO values
-ONE prefix a prompt: a segment s of reasoning, put AHEAD of the prompt, [s, q]. The mean reward of
-the G responses from there is its Monte Carlo value. They are trained on their advantage within the
-group, s on its value minus a running value of the prompt (SPO: Xu & Ding, arXiv 2509.13232).
-`training_step` has it in 11 steps; `paper silent` marks a choice that the paper leaves open. The
-paper's single pass over a KV cache is two rollouts here, each sharing its prompts' cache.
+What differs from GRPO:
+1. Before the responses a segment s is sampled from the prompt q: reasoning that pauses early.
+2. It is put AHEAD of the prompt. The G responses are sampled from [s, q], each one complete.
+3. Their mean reward is the Monte Carlo value of s, R_I. It costs no further samples.
+4. They are trained on their advantage within the group (eq. 5), as in GRPO, but a clipped token
+   keeps its gradient: the clipped ratio is a constant.
+5. s is trained, by PPO's clip (eq. 6), on R_I - V(q), where V(q) is a running value of the prompt
+   (SPO: Xu & Ding, arXiv 2509.13232).
+
+One rollout of the embedded task, which is to add six digits modulo 10:
+
+    q       54598183=                 the prompt
+    s       54                        sampled from q, paused after t_q = 2 tokens (eq. 2)
+    [s, q]  5454598183=               the skip-connected prompt
+    o_i     542314\boxed{4}           one of G = 8 responses from there: right, R_II = +1
+    R_I     -0.25                     three of the eight were right (eq. 3)
+
+Read `collect` first: steps 1 to 9 and 11 of Section 3, in order; `learn` is step 10. Where the
+paper leaves a choice open, `paper silent` stands at the line that makes it. The paper's single pass
+over one KV cache is two rollouts here, in each of which a prompt's keys and values are shared.
 """
 import argparse
+import ast
 import inspect
 import json
 import math
+import numbers
 import os
 import random
 import re
+import shutil
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field, replace
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Subnormal
-from functools import lru_cache, partial
-from html.entities import html5
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # KV caches grow
 import numpy as np
+import sympy
+import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
+from packaging.version import Version
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributions import Categorical
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.utils import find_adapter_config_file
+
+BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: terminals only
 
 
 # ---- 1. Config: Appendix C -----------------------------------------------------------------------
@@ -85,73 +106,90 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on a GPU
     seed: int = 0  # the same seed gives the same numbers on the same machine, if it is a CPU
     eval_every: int = 50  # steps between evaluations, and before the first, after the last; 0: none
-    eval_samples: int = 4  # k of avg@k, pass@k and maj@k: samples of each evaluation problem
+    eval_samples: int = 4  # k of avg@k and pass@k: samples of each evaluation problem
     eval_problems: int = 0  # at most so many of each evaluation set; 0: all
     save_every: int = 50  # steps between checkpoints, one after the last step too; 0: that alone
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
-# Defaults of the embedded model, and of any other one without a GPU (w_up: README, "Noise")
-EMBEDDED = dict(steps=100, prompts_per_step=32, max_new_tokens=24, lr=3e-4, init_length=10)
-SMALL = dict(steps=20, prompts_per_step=8, minibatches=2, group_size=4, max_new_tokens=128,
-             lr=1e-5, w_up=0.0, init_length=64, eval_every=10, eval_samples=1, eval_problems=16,
-             save_every=10)
+# What the embedded model starts from, and any other one without a GPU: sizes, never the algorithm.
+EMBEDDED = dict(
+    steps=100,
+    prompts_per_step=32,
+    max_new_tokens=24,
+    lr=3e-4,
+    init_length=10,
+)
+SMALL = dict(
+    steps=20,
+    prompts_per_step=8,
+    minibatches=2,
+    group_size=4,
+    max_new_tokens=128,
+    lr=1e-5,
+    init_length=64,
+    eval_every=10,
+    eval_samples=1,
+    eval_problems=16,
+    save_every=10,
+)
 
-@dataclass
-class Sample:
-    """What was sampled after a prompt, and its part in the loss."""
-    tokens: list  # ids, EOS included
-    logprobs: list  # nats, log pi_old of each token, as it was sampled
-    finished: bool  # the last token is an EOS
-    prompt: list = field(default_factory=list)  # ids of what it follows: q, or [s, q]
-    complete: list = field(default_factory=list)  # ids to grade and measure, if more than tokens
-    text: str = ""  # of those ids, once graded
-    limit: int = 0  # tokens that it may still take, while it is sampled
-    advantage: float = 0.0
-    weight: float = 0.0  # of each of its tokens in the mean of eq. 5 or 6
-    upstream: bool = False  # trained by eq. 6, else by eq. 5
+class UserError(Exception):
+    """A mistake that its maker can mend: shown as one line, without a traceback."""
 
 
 # ---- 2. Upstream (Section 3.1): split, cut, select; the skip connection --------------------------
 def split_position(length, rng, low=1 / 6, high=1 / 2):
-    """Where an upstream segment pauses: t_q ~ Uniform[low * L_q, high * L_q] (eq. 2).
-    length: L_q, tokens; rng: NumPy's or random's -> int, tokens, at least 1."""
+    """Where an upstream segment pauses (eq. 2): t_q ~ Uniform[low * L_q, high * L_q].
+
+    length: L_q, tokens; rng: NumPy's or random's. -> int, tokens, at least 1."""
     t_q = rng.uniform(low * length, high * length)
     return max(1, round(t_q))
 
 def cut_segment(sample):
     """A segment that ended before its pause is cut to half of its length (Section 3.1).
+
     paper silent: EOS is not counted; an EOS on the very token of the pause is an end."""
     if not sample.finished:
         return sample
-    length = len(sample.tokens) - 1
+    length = len(sample.tokens) - 1  # without EOS
     half = max(1, length // 2)
-    return replace(sample, tokens=sample.tokens[:half], logprobs=sample.logprobs[:half],
-                   finished=False, complete=sample.tokens)
+    return Sample(sample.tokens[:half], sample.logprobs[:half], False, sample.prompt)
 
 def select_segment(logprobs, target=np.median):
-    """The segment of median surprise (Section 3.1): d(s) = mean_t -log pi(s_t | q, s_<t).
-    logprobs: G lists of nats -> index of the d nearest to target(d), the first on a tie."""
-    d = [-np.mean(segment) for segment in logprobs]  # [G], nats a token
-    gap = np.abs(d - target(d)).round(9)  # with an even G the two middle ones tie
-    return int(gap.argmin())  # the first
+    """Which segment is kept, the one of median surprise (Section 3.1):
+    d(s) = mean_t -log pi(s_t | q, s_<t).
+
+    logprobs: G lists of nats. -> index of the d nearest to target(d), the first on a tie."""
+    d = [-np.mean(segment) for segment in logprobs]  # [G], nats per token
+    gap = np.abs(d - target(d))
+    gap = gap.round(9)  # with an even G the two middle ones are equally near, but for rounding
+    return int(gap.argmin())
 
 def skip_prompt(segment, prompt, bos_token_id=None):
-    """The skip connection (Section 3.1): [s, q], the segment FIRST, then the whole prompt; lists
-    of ids. paper silent: joined as they are; only a BOS that opens q moves to the very front."""
-    bos = 1 if prompt[:1] == [bos_token_id] else 0
-    return prompt[:bos] + segment + prompt[bos:]
+    """The skip connection (Section 3.1): [s, q], the segment FIRST, then the whole prompt.
+
+    Lists of ids, joined as they are. paper silent: a BOS that opens q, and stands in it once, moves
+    to the very front. (SmolLM2's BOS opens every turn, and stays where it is.)"""
+    opens = prompt[0] == bos_token_id and prompt.count(bos_token_id) == 1
+    front = prompt[:1] if opens else []
+    rest = prompt[len(front):]
+    return front + segment + rest
 
 
 # ---- 3. Values and trackers (Sections 3.1, 3.2; SPO); the choice of prompts ----------------------
 def monte_carlo_value(rewards):
-    """R_I(s, a) = mean_i R_II(o_i, a) (eq. 3): the value of a segment from the rewards of the
-    responses that follow it, at no further cost. [B, G] of +-1 -> [B] in [-1, 1]."""
+    """The value of a segment from the rewards of the responses that follow it (eq. 3):
+    R_I(s, a) = mean_i R_II(o_i, a).
+
+    rewards: [B, G] in [-1, 1]. -> [B] in [-1, 1], float64."""
     return torch.as_tensor(rewards).double().mean(-1)
 
 class Tracker:
-    """A running mean per prompt, one for V(q) in [-1, 1], one for L_q in tokens (SPO eq. 5-7):
+    """A running mean per prompt (SPO eq. 5 to 7), one for V(q) in [-1, 1], one for L_q in tokens:
     x <- x + eta (observation - x), eta = 1 / (rho N + 1), N <- rho N + 1. It forgets faster the
-    further the policy moved. value [size]; count [size]: N, 0 for a prompt not seen yet."""
+    further the policy moved.
+
+    value: [size]; count: [size], N, 0 for a prompt not seen yet."""
 
     def __init__(self, size, initial, rho_min=0.875, rho_max=0.96, tau=8.0):
         self.value = np.full(size, float(initial))
@@ -161,8 +199,9 @@ class Tracker:
         self.tau = tau
 
     def update(self, indices, observations, divergences):
-        """indices [B], distinct; observations [B]; divergences [B] or one: D since the last visit,
-        nats. With tau = 8 rho is rho_max at nearly every visit: a memory of 25 observations."""
+        """indices: [B], distinct; observations: [B]; divergences: [B] or one, D since the prompt's
+        last visit, nats. With tau = 8 nats rho is rho_max at nearly every visit: a memory of some
+        25 observations."""
         rho = 2.0 ** (-np.asarray(divergences) / self.tau)
         rho = rho.clip(self.rho_min, self.rho_max)
         N = rho * self.count[indices] + 1
@@ -171,33 +210,40 @@ class Tracker:
         self.count[indices] = N
 
 def choose_prompts(values, n, rng, eps=0.05):
-    """n distinct prompts, those of middling value most often: weight sqrt(v (1 - v)) + eps with
-    v = (1 + V) / 2 (SPO eq. 11). values [size] in [-1, 1] -> n indices."""
-    variance = np.clip(1 - values**2, 0, None) / 4  # v (1 - v)
-    weight = np.sqrt(variance) + eps
+    """n distinct prompts, those of middling value most often (SPO eq. 11): weight
+    sqrt(v (1 - v)) + eps with v = (1 + V) / 2.
+
+    values: [size] in [-1, 1]. -> [n] indices."""
+    variance = (1 - values**2) / 4  # v (1 - v)
+    weight = np.sqrt(variance.clip(0)) + eps
     p = weight / weight.sum()
     return rng.choice(len(values), n, replace=False, p=p)
 
 
 # ---- 4. Advantages and losses (Section 3.2) ------------------------------------------------------
 def group_advantages(rewards):
-    """Downstream: A_i = (R_i - mean R) / std R within each group; 0, not NaN, where all its R are
-    equal. [B, G] -> [B, G]. paper silent: the population's std, without an epsilon."""
+    """Downstream: A_i = (R_i - mean R) / std R within each group, 0 where all its R are equal.
+
+    [B, G] -> [B, G], float64. paper silent: the population's std, without an epsilon."""
     R = torch.as_tensor(rewards).double()
-    std, mean = torch.std_mean(R, -1, correction=0, keepdim=True)
-    equal = std < 1e-9  # but for rounding
+    mean = R.mean(-1, keepdim=True)
+    std = R.std(-1, correction=0, keepdim=True)
+    equal = std < 1e-9  # rounding leaves a little
     return torch.where(equal, 0.0, (R - mean) / std)
 
 def upstream_advantages(values, baselines):
-    """Upstream: A = R_I - V(q), normalised over the batch (SPO). [B], [B] in [-1, 1] -> [B]."""
+    """Upstream: A = R_I - V(q), normalised over the batch (SPO).
+
+    values, baselines: [B] in [-1, 1]. -> [B], float64."""
     A = torch.as_tensor(values).double() - torch.as_tensor(baselines)
-    return group_advantages(A)  # here the group is the batch
+    return group_advantages(A)  # the batch is the group
 
 def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.28):
-    """J_down (eq. 5): -sum w sg(clip(r, 1 - low, 1 + high)) A log pi(o_t | [s, q], o_<t). The
-    clipped ratio r = pi / pi_old is a constant: every token keeps a gradient. logprobs,
-    old_logprobs (nats), weights [N, T], advantages [N] -> scalar. weights: 1 / (tokens of the
-    prompt's G responses * prompts), 0 where padded, so that any cut into passes sums alike."""
+    """-J_down (eq. 5): -sum w sg(clip(r, 1 - low, 1 + high)) A log pi(o_t | [s, q], o_<t). The
+    clipped importance ratio r = pi / pi_old is a constant (sg): every token keeps a gradient.
+
+    logprobs, old_logprobs: [N, T], nats; advantages: [N]; weights: [N, T], 1 / (tokens of the
+    prompt's G responses * prompts), 0 where padded. -> scalar, the same however it is cut."""
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs.detach() - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -205,9 +251,11 @@ def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, c
     return -objective.sum()
 
 def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.2):
-    """J_up (eq. 6): -sum w min(r A, clip(r, 1 - low, 1 + high) A), PPO's: a token clipped in its
-    advantage's direction loses its gradient. Shapes as in downstream_loss; weights: 1 / (tokens of
-    the segment * prompts). paper silent: no Clip-Higher, Appendix C names it downstream."""
+    """-J_up (eq. 6): -sum w min(r A, clip(r, 1 - low, 1 + high) A), PPO's: a token clipped in its
+    advantage's direction loses its gradient.
+
+    Shapes as in `downstream_loss`; weights: 1 / (tokens of the segment * prompts). paper silent: no
+    Clip-Higher here, for Appendix C names it downstream."""
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -215,822 +263,1826 @@ def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, cli
     return -objective.sum()
 
 
-# ---- 5. The training step: Section 3, in its order -----------------------------------------------
-@dataclass
-class State:
-    """What a run carries from step to step, beside the weights and the optimiser."""
-    values: Tracker  # V(q), in [-1, 1]
-    lengths: Tracker  # L_q, tokens
-    last: dict  # prompt index -> the segment kept at its last visit
-    step: int = 0
-
-def skip_responses(rollout, segments, tokenizer, config):
-    """Steps 4 and 5: G complete responses from [s, q]. segments: B Samples -> [B][G] Samples.
-    paper silent: each gets the full limit after [s, q], and L_q is measured without s."""
-    bos = next(iter(tokenizer("")["input_ids"]), None)  # not bos_token_id: it may open nothing
-    x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [B] token ids
-    return rollout(x, config.group_size)
-
-def training_step(model, tokenizer, optimizer, problems, state, config, split=split_position,
-                  select=select_segment, respond=skip_responses, outcomes=None):
-    """Steps 1 to 11 on B prompts; the last four arguments are what Table 2 replaces (`ablation`).
-    problems: Problems with their prompts' ids. Returns the step's row of metrics.jsonl."""
-    c = config
-    rng, rollout, log = begin(model, tokenizer, c, state.step)  # rollout(x, n, limits): [P][n]
-
-    # 1. Choose B distinct prompts. V is read here: step 8 wants the value from before step 11.
-    chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
-    q = [problems[i] for i in chosen]  # [B] Problems
-    V = state.values.value[chosen]  # [B]
-
-    # 2. Upstream, phase I: G segments a prompt, each paused at t_q (eq. 2), or cut to half.
-    L_q = state.lengths.value[chosen]  # [B], tokens
-    t_q = [split(L, rng, c.split_low, c.split_high) for L in L_q]  # [B], tokens
-    t_q = np.minimum(t_q, c.max_new_tokens)
-    drawn = rollout([p.ids for p in q], c.group_size, t_q)  # [B][G] Samples
-
-    # 3. Select the segment of median surprise, drop the others.
-    segments = []  # [B]
-    for group in drawn:
-        group = [cut_segment(s) for s in group]
-        index = select([s.logprobs for s in group])
-        segments.append(group[index])
-
-    # 4. and 5. Downstream, phase II: G responses from the skip-connected prompt [s, q].
-    responses = respond(rollout, segments, tokenizer, c)  # [B][G] Samples
-
-    # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
-    R_II = grade(tokenizer, q, responses)  # [B, G] of +-1
-    R_I = monte_carlo_value(R_II)  # [B]
-    if outcomes:
-        R_I = outcomes(rollout, segments, tokenizer, q)  # [B]
-
-    # 7. and 8. Advantages.
-    A_II = group_advantages(R_II)  # [B, G]
-    A_I = upstream_advantages(R_I, V)  # [B]
-
-    # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
-    # paper silent: eq. 5 is read as written, a mean over the tokens of a group; Appendix C's
-    # "tokens contribute equally" could be one over the tokens of the mini-batch. EOS counts.
-    prompts = c.prompts_per_step // c.minibatches  # of a mini-batch
-    for s, A in zip(segments, A_I.tolist()):
-        s.upstream = True
-        s.advantage = A
-        s.weight = 1 / (len(s.tokens) * prompts)  # eq. 6
-    for group, A_group in zip(responses, A_II.tolist()):
-        tokens = sum(len(o.tokens) for o in group)
-        for o, A in zip(group, A_group):
-            o.advantage = A
-            o.weight = 1 / (tokens * prompts)  # eq. 5
-
-    # How far pi has moved since it last saw q, for step 11; step 10 moves it again.
-    before = [state.last.get(i, s) for i, s in zip(chosen, segments)]  # first visit: s, no move
-    drift = policy_drift(model, before, c)  # [B], nats
-
-    # 10. One optimiser step a mini-batch.
-    groups = [[s] + group for s, group in zip(segments, responses)]  # [B][1 + G]
-    learn(model, optimizer, groups, responses, R_II, c, log)
-
-    # 11. Trackers; the segments are kept to measure the drift at the next visit.
-    lengths = [np.mean([len(o.complete or o.tokens) for o in group]) for group in responses]  # [B]
-    state.values.update(chosen, R_I, drift)
-    state.lengths.update(chosen, lengths, drift)
-    state.last.update(zip(chosen.tolist(), segments))
-
-    noise = (1 - R_I**2).mean() / (c.group_size - 1)  # variance that sampling G responses adds
-    variance = (R_I - torch.tensor(V)).var(correction=0)  # of the upstream advantage, raw
-    log["mc_noise"] = (noise / variance).item() if variance and not outcomes else None
-    log["mc_value"] = R_I.mean().item()
-    log["segment_tokens"] = np.mean([len(s.tokens) for s in segments])
-    return log
-
-@torch.no_grad()
-def policy_drift(model, segments, config):
-    """D, how far pi moved since it last acted on each prompt: mean_t |log pi_then - log pi_now| of
-    the segment kept then. B Samples -> [B] nats. paper silent: after SPO's code, but on s alone
-    (SPO: the whole response) and before the update (SPO: after it)."""
-    D = torch.zeros(len(segments), device=model.device)  # 0 where another process fills it
-    for rows in filter(None, micro_batches(segments, config.micro_tokens)):
-        now, then, mask = now_and_then(model, [segments[i] for i in rows], config)  # [N, T] each
-        D[rows] = (now - then).abs().sum(1) / mask.sum(1)
-    dist.all_reduce(D)
-    return D.cpu().numpy()
-
-
-# ---- 6. Update: one optimiser step, cut into passes ----------------------------------------------
-def learn(model, optimizer, groups, responses, rewards, config, log):
-    """Step 10: `update` on each mini-batch, and the step's row of metrics.jsonl. groups [B][n],
-    responses [B][G], rewards [B, G]. paper silent: the warm-up counts training steps."""
-    sampled = time.perf_counter()
-    log["lr"] = config.lr * min(1.0, log["step"] / max(1, config.warmup_steps))
-    optimizer.param_groups[0].update(lr=log["lr"], weight_decay=config.weight_decay)
-    size = len(groups) // config.minibatches
-    sums = Counter()
-    for b in range(0, len(groups), size):
-        sums.update(update(model, optimizer, sum(groups[b:b + size], []), config))
-    for name in ("clip_fraction", "ratio"):
-        log[name] = sums[name] / sums["tokens"] if sums["tokens"] else None  # nothing to train on
-    every = sum(responses, [])
-    end = time.perf_counter()
-    log.update(
-        reward=rewards.mean(), accuracy=(rewards > 0).mean(),
-        zero_advantage=(rewards.std(1) == 0).mean(),
-        response_tokens=np.mean([len(o.complete or o.tokens) for o in every]),
-        truncated=np.mean([not o.finished for o in every]),
-        entropy=-np.mean(np.concatenate([o.logprobs for o in every])),  # of the sampling pi, nats
-        grad_norm=sums["grad_norm"] / config.minibatches,
-        rollout_seconds=sampled - log["start"], update_seconds=end - sampled,
-        seconds=end - log.pop("start"), peak_memory_gb=torch.cuda.max_memory_allocated() / 1e9)
-
-def update(model, optimizer, samples, config):
-    """One optimiser step on a mini-batch of Samples. What has no advantage has no gradient and is
-    not run. paper silent: with no advantage at all nothing moves, for AdamW passes over weights
-    without a gradient. Returns sums over the tokens run, and the gradient's unclipped norm."""
-    c = config
-    samples = [s for s in samples if s.advantage and (c.w_up if s.upstream else c.w_down)]
-    sums = torch.zeros(3, device=model.device)  # tokens, ratios, clipped ones
-    for rows in tqdm(micro_batches(samples, c.micro_tokens), "passes", **BAR):
-        batch = [samples[i] for i in rows] or [replace(samples[-1], weight=0.0)]  # idle
-        logprobs, old, mask = now_and_then(model, batch, c)  # [N, T] each
-        A = logprobs.new_tensor([s.advantage for s in batch])  # [N]
-        weights = mask * logprobs.new_tensor([[s.weight] for s in batch])  # [N, T]
-        up = mask.new_tensor([[s.upstream] for s in batch])  # [N, 1]
-        loss_up = upstream_loss(logprobs, old, A, weights * up, c.clip_low, c.clip_low)
-        loss_down = downstream_loss(logprobs, old, A, weights * ~up, c.clip_low, c.clip_high)
-        loss = c.w_up * loss_up + c.w_down * loss_down  # eq. 4
-        loss.backward()
-        ratio = (logprobs.detach() - old).exp()  # [N, T]
-        high = torch.where(up, c.clip_low, c.clip_high)  # [N, 1]
-        clipped = (ratio < 1 - c.clip_low) | (ratio > 1 + high)  # whatever the advantage's sign
-        terms = (weights > 0) * torch.stack([mask, ratio, clipped])  # [3, N, T]
-        sums += terms.sum((1, 2))
-    dist.all_reduce(sums)
-    shards = optimizer.param_groups[0]["params"]  # model.parameters() are gathered copies now
-    norm = torch.nn.utils.clip_grad_norm_(shards, c.max_grad_norm).item()
-    if not math.isfinite(norm):
-        raise UserError("the gradient is not a finite number: --resume with a lower --lr")
-    optimizer.step()
-    optimizer.zero_grad()
-    each_shard(model, "reshard")  # the step has moved the masters
-    each_shard(model, "unshard")
-    tokens, ratio, clipped = sums.tolist()
-    return dict(tokens=tokens, ratio=ratio, clip_fraction=clipped, grad_norm=norm)
-
-def now_and_then(model, samples, config):
-    """log pi of the tokens of N Samples now, with gradients, and as they were sampled; their mask.
-    [N, T] each, nats, 0 where padded."""
-    now, mask = response_logprobs(
-        model, [s.prompt for s in samples], [s.tokens for s in samples], config.temperature)
-    then = now.new_tensor(sum([s.logprobs for s in samples], []))  # [sum of lengths]
-    return now, torch.zeros_like(now).masked_scatter(mask, then), mask
-
-def micro_batches(samples, limit):
-    """Cuts N Samples into passes of at most `limit` tokens, padding counted, and a prompt that rows
-    share counted once; a longer row goes alone. Returns this process's, lists of indices; all have
-    as many, as FSDP's sums of gradients want, some of them []."""
-    # like lengths together (a class spans a factor of sqrt 2), then equal prompts
-    order = [(round(2 * math.log2(len(s.tokens))), s.prompt, i) for i, s in enumerate(samples)]
-    passes = []
-    for _, _, i in sorted(order):
-        rows = passes[-1] + [i] if passes else [i]
-        prompts = {tuple(samples[j].prompt) for j in rows}
-        padded = len(prompts) * max(map(len, prompts))
-        padded += len(rows) * max(len(samples[j].tokens) for j in rows)
-        if passes and padded <= limit:
-            passes[-1] = rows
-        else:
-            passes.append([i])
-    join_processes()
-    world = dist.get_world_size()
-    passes += [[]] * (-len(passes) % world)
-    return passes[dist.get_rank()::world]
-
-
-# ---- 7. The baseline, and the ablations of Table 2 -----------------------------------------------
-def grpo_step(model, tokenizer, optimizer, problems, state, config):
-    """GRPO as published (Shao et al. 2024), the paper's baseline: G responses from q, PPO-clip at
-    1 +- clip_low (eq. 6's form) on the group's advantages, a mean over the tokens of a response,
-    then over responses, no KL. paper silent: prompts are chosen as for SKPO, with D = 0."""
-    c = config
-    rng, rollout, log = begin(model, tokenizer, c, state.step)
-    chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
-    q = [problems[i] for i in chosen]  # [B] Problems
-    responses = rollout([p.ids for p in q], c.group_size)  # [B][G] Samples
-    R = grade(tokenizer, q, responses)  # [B, G]
-    for o, A in zip(sum(responses, []), group_advantages(R).flatten().tolist()):
-        o.upstream = True  # the form of eq. 6
-        o.advantage = A
-        o.weight = c.minibatches / (len(o.tokens) * R.size)  # R.size: B G responses
-    c = replace(c, w_up=1.0)  # eq. 6 is the whole loss
-    learn(model, optimizer, responses, responses, R, c, log)
-    state.values.update(chosen, R.mean(1), 0.0)
-    return log
-
-def continued_responses(rollout, segments, tokenizer, config):
-    """no_skip: G responses from [q, s]. paper silent: s + o is graded, measured, and limited."""
-    limits = [max(1, config.max_new_tokens - len(s.tokens)) for s in segments]
-    responses = rollout([s.prompt + s.tokens for s in segments], config.group_size, limits)
-    for s, group in zip(segments, responses):
-        for o in group:
-            o.complete = s.tokens + o.tokens
-    return responses
-
-def own_outcomes(rollout, segments, tokenizer, problems):
-    """no_mc: the outcome of one continuation from [q, s], or of the segment that ended by itself
-    -> [B]. paper silent: V(q) follows it too; the continuation has the full limit."""
-    paused = [s for s in segments if not s.complete]
-    onward = rollout([s.prompt + s.tokens for s in paused], 1)  # [P][1]
-    for s, (o,) in zip(paused, onward):
-        s.complete = s.tokens + o.tokens
-    return monte_carlo_value(grade(tokenizer, problems, [[s] for s in segments]))
-
-def ablation(config, step):
-    """What `training_step` takes in place of the paper's pieces."""
-    end = [config.split_low, config.split_high][step % 2]
-    extreme = [np.min, np.max][step % 2]  # the likeliest, the least likely
-    return {
-        "none": {},
-        "no_skip": dict(respond=continued_responses),
-        "no_mc": dict(outcomes=own_outcomes),
-        "fixed_split": dict(split=lambda length, rng, *_: split_position(length, rng, end, end)),
-        "extreme_selection": dict(select=partial(select_segment, target=extreme)),
-    }[config.ablation]
-
-
-# ---- 8. Rollouts, log-probs, evaluation ----------------------------------------------------------
-NAMES = inspect.signature(transformers.Qwen2Model.forward).parameters
-CACHE = "cache" if "cache" in NAMES else "past_key_values"  # what transformers calls it, by version
-BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: terminals only
-CHUNK = 16  # tokens sampled between two looks at which rows have ended
-
-def forward(model, ids, cache):
-    """Runs what the cache lacks of ids [N, S + T], -1 where padded: hidden states [N, T, D]. The
-    cache takes up the keys and values, and with gradients on it carries them."""
-    seen = ids >= 0
-    positions = (seen.cumsum(1) - 1).clamp(0)
-    new = slice(cache.get_seq_length(), None)
-    out = model.base_model(ids[:, new].clamp(0), attention_mask=seen.long(), use_cache=True,
-                           position_ids=positions[:, new], **{CACHE: cache})
-    if cache.get_seq_length() == 0:  # gradient checkpointing in train() mode drops it silently
-        raise ValueError("the KV cache stayed empty")
-    return out.last_hidden_state
-
-def prefill(model, prompts):
-    """N prompts -> ids [N, S], at the left padded with -1, for a pad id may be an EOS id, and a
-    cache of all but the last token of each. Equal prompts are run once, in training too."""
-    unique = {}  # prompt -> its row
-    rows = [unique.setdefault(tuple(p), len(unique)) for p in prompts]  # [N]
-    ids = [torch.tensor(p, device=model.device) for p in [*unique, (-1, -1)]]  # S is 2 at least:
-    ids = pad_sequence(ids, True, -1, "left")[:-1]  # [P, S]; something must be prefilled
-    cache = DynamicCache(config=model.config)
-    forward(model, ids[:, :-1], cache)
-    cache.batch_select_indices(rows)  # P -> N rows
-    return ids[rows], cache
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
-    """n samples of each of P prompts (lists of ids) from softmax(logits / temperature) and nothing
-    else; 0 is greedy. max_new_tokens: an int, or one a prompt -> [P][n] Samples. A prompt's keys
-    and values are computed once; rows that have ended leave; rows take turns if memory is short."""
-    limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
-    every = [Sample([], [], False, p, limit=x) for p, x in zip(prompts, limits) for _ in range(n)]
-    fit = rows_that_fit(model, max([len(s.prompt) + s.limit for s in every], default=0))
-    own = model.generation_config  # it steps aside: its top_k, penalties and the like are not pi
-    eos = {tokenizer.eos_token_id, *np.ravel(own.eos_token_id).tolist()} - {None}
-    model.generation_config = GenerationConfig(
-        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, pad_token_id=0,
-        eos_token_id=sorted(eos) or None, output_scores=True, return_dict_in_generate=True)
-    try:
-        for i in range(0, len(every), fit):
-            sample_rows(model, every[i:i + fit], eos)
-    finally:
-        model.generation_config = own
-    return [every[i:i + n] for i in range(0, len(every), n)]  # [P][n]
-
-def sample_rows(model, rows, eos):
-    """Samples from model.generation_config until each of N Samples has an EOS or met its limit."""
-    bar = tqdm(desc="sampling", unit=" tokens", **BAR)
-    ids, cache = prefill(model, [s.prompt for s in rows])  # [N, S]
-    while rows:
-        out = model.generate(
-            ids.clamp(0), attention_mask=(ids >= 0).long(), synced_gpus=False,
-            max_new_tokens=min(CHUNK, max(s.limit for s in rows)), **{CACHE: cache})
-        drawn = out.sequences[:, ids.shape[1]:]  # [N, drawn]
-        steps = zip(out.scores, drawn.T)  # if transformers stops a step late, scores outnumber ids
-        logprobs = [Categorical(logits=scores).log_prob(token) for scores, token in steps]
-        logprobs = torch.stack(logprobs, 1)  # [N, drawn]
-        for s, new, nats in zip(rows, drawn.tolist(), logprobs.tolist()):
-            ends = [t + 1 for t, token in enumerate(new) if token in eos]
-            stop = min(ends + [len(new), s.limit])
-            s.tokens += new[:stop]
-            s.logprobs += nats[:stop]
-            s.limit -= stop
-            s.finished = stop in ends
-            bar.update(stop)
-        staying = [j for j, s in enumerate(rows) if s.limit and not s.finished]
-        bar.set_postfix_str(f"{len(staying)} responses go on")
-        rows = [rows[j] for j in staying]
-        ids = torch.cat([ids, drawn], 1)[staying]  # [fewer, S + drawn]
-        cache.batch_select_indices(staying)
-        del out  # its logits are large
-
-def rows_that_fit(model, length):
-    """How many rows of `length` tokens may be sampled at once, by their keys, values and logits."""
-    _, cache = prefill(model, [[0, 0]])  # holds one token
-    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # bytes
-    logits = 4 * (CHUNK + 4) * len(model.get_output_embeddings().weight)  # float32, some copies
-    memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
-    if model.device.type == "cuda":
-        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
-    return max(1, int(memory // (token * (length + CHUNK) + logits)))
-
-def response_logprobs(model, prompts, responses, temperature=1.0):
-    """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
-    lists of ids; equal prompts are run once. -> logprobs (nats) and mask [N, T], 0 where padded."""
-    x, cache = prefill(model, prompts)  # [N, S]
-    targets = pad_sequence([x.new_tensor(o) for o in [*responses, [-1]]], True, -1)[:-1]  # [N, T]
-    mask = targets >= 0
-    ids = torch.cat([x, targets], 1)  # [N, S + T]
-    hidden = forward(model, ids[:, :-1], cache)  # [N, T, D], from the prompt's last token on
-    head = model.get_output_embeddings()
-    logprobs = chunked_logprobs(head, hidden[mask], targets[mask], temperature)  # [sum of lengths]
-    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), mask
-
-def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """log softmax(head(hidden) / temperature)[target], nats, with gradients: hidden [M, D], targets
-    [M] -> float32 [M]. A chunk's logits [chunk, V] are not kept, the backward pass recomputes."""
-    def piece(h, target):
-        logits = head(h).float() / temperature  # [m, V]
-        return -torch.nn.functional.cross_entropy(logits, target, reduction="none")  # [m]
-    chunks = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(piece, *pair, use_reentrant=False) for pair in chunks])
-
-def grade(tokenizer, problems, groups):
-    """+1 where the last box of a response holds the answer, else -1: B Problems and [B][n] Samples,
-    which get their text -> NumPy's [B, n]."""
-    for s in sum(groups, []):
-        s.text = tokenizer.decode(s.complete or s.tokens, skip_special_tokens=True)
-    right = [[is_correct(s.text, p.answer) for s in group] for p, group in zip(problems, groups)]
-    return 2.0 * np.array(right) - 1
-
-def evaluate(model, tokenizer, problems, config):
-    """k samples of each of P problems, from q alone. accuracy: avg@k, the share of right ones;
-    pass_at_k: of problems with one; majority: maj@k, of problems whose most frequent answer is."""
-    _, rollout, _ = begin(model, tokenizer, config, 10**9)  # the same draws at every evaluation
-    k = config.eval_samples if config.temperature else 1
-    groups = rollout([p.ids for p in problems], k)  # [P][k]
-    right = grade(tokenizer, problems, groups) > 0  # [P, k]
-    majority = []
-    for p, group in zip(problems, groups):
-        boxes = [extract_answer(s.text) for s in group]
-        votes = Counter(normal_form(box) for box in boxes if box)
-        majority.append(normal_form(p.answer) in dict(votes.most_common(1)))
-    return dict(accuracy=right.mean(), pass_at_k=right.any(1).mean(), majority=np.mean(majority),
-                samples=k, problems=len(problems))
-
-
-# ---- 9. Rewards: is the last box right? ----------------------------------------------------------
-# Answers are equal if their normal forms are. Model output is untrusted: it is read, never run.
-
-NUMBERS = Context(prec=300, Emin=-100, Emax=100,
-                  traps=[Overflow, Subnormal, DivisionByZero, InvalidOperation])  # beyond 10^+-100
-ROUNDED = Context(prec=210)  # what is compared
-TIDY = [  # in this order
-    (r"\\[lc]?dots(?![a-zA-Z])|\.\.+", "…"), (r"\\neq(?![a-zA-Z])", r"\\ne "),
-    (r"\\begin\{[pb]?matrix\}", "(("), (r"(\\\\)?\s*\\end\{[pb]?matrix\}", "))"),
-    (r"\\\\", "),("), ("&", ","),  # a matrix is a tuple of its rows
-    (r"infinity|\\infty|∞", "Ω"), (r"(?<![\\a-z])pi\b", "π"),
-    (r"(?<=\d)(\{,\}|,?\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 12{,}345
-    (r"([\d.]+)[eE]([-+]?\d+)", r"(\1*10^\2)"),
-    (r"\\(left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])|\\[!,;:> ()]|\\?[%$]|~", " "),
-    (r"\\((text|math)\w*|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \3 "), (r",?\s*\b(and|or)\b", ","),
-    (r"\\([a-z]+)(?![a-zA-Z])", lambda m: html5.get(m[1] + ";", m[0])),  # \pi is π, \cdot ċ
-    ("−", "-"), ("[×·ċ]", "*"), ("÷", "/"), (r"\*\*", "^"), (r"\\[dtc](frac|binom)", r"\\\1"),
-    (r"(?<![\d.,\s])\s+|\s+(?![\d.,])|[.,\s]+$", ""),  # the space of 2 3 or 12, 144 stays
-    (r"_(\w) (?=\d)", r"_{\1}"),  # log_2 3
-    (r"((?:sin|cos|tan|cot|csc|sec).*)|\^\{?ˆ\}?|°", lambda m: m[1] or "degrees"),
-    (r"(?<=[\d})π])(square|cubic)?([cmk]m|in|ft|feet|mph|kg|percent|inch(es)?|degrees[CF]|(meter|"
-     r"mile|gram|unit|pound|hour|minute|second|day|week|year|dollar|cent|degree|liter|point)s?)"
-     r"(\^\{?[23]\}?)?(?=,|$)", ""),
-    (r"(?<!\d)\{(\w)\}(?![\d!])", r"\1"),  # x^{2} is x^2
-    (r"^((?:[^\W\d]|[A-Z]{2,3})?(?:_\{?\w+\}?)?(?:\([a-zA-Z,]+\))?)[=∈]((?:[^=∈]|,\1=)*)$",
-     lambda m: m[2].replace(f",{m[1]}=", ",")),  # f(x)=5; x=1,x=2
-    (r"^[-+]?\d{1,3}(,\d{3})+(\.\d+)?$", lambda m: m[0].replace(",", "")),  # 1,000
-    (r"\s*,\s*", ","),
-    (r"^[a-zA-Z]{2,}$", lambda m: "'" + m[0].lower()),  # a word is not a product
-    ("_", "~"), (r"\\?sqrt\[(\w+)\]", r"\\root{\1}"), (r"\\?sqrt", r"\\root2"),  # \root{3}{8} is 2
-    (r"(?<![\w}.^~/])(?<!\d )(\d+) ?((?<= )\d+/\d+|\\frac(?:\d|\{\d+\}){2})", r"(\1+\2)"),  # 2 1/2
-    (r"(?<![\w.)~])(\d\d?)!(?!!)", lambda m: f"({math.factorial(int(m[1]))})")]  # 5!
-
-def extract_answer(text):
-    r"""What the last complete \boxed{...} in text holds; None if none or empty. One pass."""
-    ends = []  # of } that no { has met yet, from the right
-    for token in reversed([*re.finditer(r"(\\boxed\s*|)\{|\}|\\.", text, re.DOTALL)]):
-        if token[0] == "}":
-            ends.append(token.start())
-        elif token[1] is not None and ends:
-            content = text[token.end():ends.pop()]
-            if token[1]:  # of nested boxes, the inner one
-                return content.strip() or None
-
-def is_correct(response, answer):
-    """Whether the last box of response (text) holds answer (text or number). Never raises."""
-    given = extract_answer(response)
-    return given is not None and normal_form(given) == normal_form(str(answer))
-
-@lru_cache(10**4)  # a reference is compared with every response to it
-def normal_form(text):
-    """What equal answers share: their values, or the text tidied. Hashable."""
-    for pattern, new in TIDY:
-        if len(text) > 300 or re.search("[一-鿿]", text):  # `value` puts these for brackets
-            return text
-        text = re.sub(pattern, new, text)
-    try:  # with letters of either sign: |x| is not x
-        return tuple(value(f"[{{{text}}}]", {"sign": sign}) for sign in (1, -1))
-    except Exception:  # no expression, or too large
-        return text
-
-def power(left, right):
-    """left^right; of a negative number, an odd root is the real one, another an arbitrary one."""
-    if left < 0 and right % 1:
-        odd = ROUNDED.divide(1, right) % 2 == 1
-        sign = -1 if odd else NUMBERS.power(Decimal("1.37"), right)
-        return NUMBERS.multiply(sign, power(NUMBERS.minus(left), right))
-    return NUMBERS.power(left, right)
-
-OPERATORS = [  # the weakest first; a sign is a sum without its left side
-    (r"(.*[^-+*/^]|)\+(.+)", NUMBERS.add), (r"(.*[^-+*/^]|)-(.+)", NUMBERS.subtract),
-    (r"(.+)(?:\*|(?<=\w)(?=[^\W\d]))(.+)", NUMBERS.multiply),  # 2x is a product
-    (r"(.+)/(.+)", NUMBERS.divide), (r"(.+?)\^(.+)", power)]
-
-def value(text, known):
-    """The number or tuple that text stands for. Brackets become letters of known, one by one."""
-    text = re.sub(r"\\frac(\w) ?(\w)", r"(\1/\2)", text)
-    text = re.sub(r"\\root(\w)(\w)", r"(\2^(1/\1))", text)
-    text = re.sub(r"(?<!∪)\w(∪\w)+(?!∪)", lambda m: f"«{m[0].replace('∪', ',')}»", text)
-    if bracket := re.search(r"(\\?[\[({«])([^][(){}«»\\]*)\\?([])}»])", text):  # innermost
-        opening, inside, closing = bracket.groups()
-        items = [value(item, known) for item in inside.split(",")]
-        if len(items) > 1 or opening + closing not in ("()", "{}"):
-            items = [x if isinstance(x, tuple) else ROUNDED.normalize(x) for x in items]
-            items = sorted(items, key=str) if closing in "}»" else items
-            items = [(opening[-1] + closing, *items)]
-        letter = chr(ord("一") + len(known))
-        return value(text.replace(bracket[0], letter), {**known, letter: items[0]})
-    for pattern, operator in OPERATORS:
-        if sides := re.fullmatch(pattern, text):
-            return operator(*(value(side or "0", known) for side in sides.groups()))
-    if re.fullmatch(r"[a-zA-Zͱ-Ͽ](~[0-Ͽ])?", text):  # but e and π are never negative
-        return Decimal((text in "eπ" or known["sign"]) * random.Random(text).uniform(1, 2))
-    return known[text] if text in known else NUMBERS.create_decimal(text)
-
-
-# ---- 10. Problems, prompts, the model ------------------------------------------------------------
-class UserError(Exception):
-    """A mistake that its maker can mend: shown as one line, without a traceback."""
-
+# ---- 5. Collect: Section 3, in its order ---------------------------------------------------------
 @dataclass
 class Problem:
     """A question, its reference answer and, once it is tokenised, the ids of its prompt."""
     question: str
     answer: str
     ids: list = None
+    row: dict = field(default_factory=dict)  # the further fields of its data line
 
-def load_problems(source):
-    """The Problems of a JSON-lines file ("question" or "problem", and "answer": text, number, or
-    GSM8K's "... #### 18"), or built-in ones: "sums" of six digits, modulo 10; "arithmetic"."""
+@dataclass(frozen=True)
+class Sample:
+    """What the model drew after a prompt. It never changes."""
+    tokens: list  # ids, EOS included
+    logprobs: list  # nats, log pi_old of each token, as it was sampled
+    finished: bool  # the last token is an EOS
+    prompt: list  # ids of what it follows: q, or [s, q]
+
+@dataclass(frozen=True)
+class Row:
+    """A Sample's part in the loss (eq. 4), made once, in step 9."""
+    sample: Sample
+    advantage: float
+    weight: float  # of each of its tokens in the loss, w_up or w_down included
+    ppo_clip: bool  # trained by eq. 6, else by eq. 5
+
+@dataclass
+class State:
+    """What a run carries from step to step, beside the weights and the optimiser."""
+    values: Tracker  # V(q), in [-1, 1]
+    lengths: Tracker  # L_q, tokens
+    kept: dict  # index of a problem -> the segment (Sample) kept at its last visit
+    step: int = 0
+
+def initial_state(size, config):
+    """The State before the first step, for so many problems."""
+    c = config
+    values = Tracker(size, 0.0, c.rho_min, c.rho_max, c.tau)
+    lengths = Tracker(size, c.init_length, c.rho_min, c.rho_max, c.tau)
+    return State(values, lengths, {})
+
+def collect(model, tokenizer, problems, state, config, reward):
+    """Steps 1 to 9 and 11 on B prompts: no gradient, no optimiser.
+
+    problems: Problems with the ids of their prompts; state: its step seeds the draws; reward:
+    reward(response, problem) -> float in [-1, 1], such as `math_reward`.
+    -> rows: [B] lists of 1 + G Rows, the segment's first, for `learn`;
+       rollouts: [B] dicts, what was sampled and how it was graded (`rollout_record`);
+       metrics: dict, for metrics.jsonl."""
+    c = config
+    odd = state.step % 2 == 1  # two ablations alternate
+    rng = seed_generators(c.seed, state.step)
+
+    # 1. Choose B distinct prompts. V is read here: step 8 wants the value from before step 11.
+    chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
+    q = [problems[i] for i in chosen]  # [B] Problems
+    prompts = [problem.ids for problem in q]  # [B] lists of ids
+    V = state.values.value[chosen]  # [B]
+    L = state.lengths.value[chosen]  # [B], tokens
+
+    # 2. Upstream, phase I: G segments per prompt, each paused at t_q (eq. 2).
+    low, high = c.split_low, c.split_high
+    if c.ablation == "fixed_split":  # Table 2: one end of the range, then the other
+        low = high = c.split_high if odd else c.split_low
+    t_q = [split_position(L_q, rng, low, high) for L_q in L]  # [B], tokens
+    t_q = np.minimum(t_q, c.max_new_tokens)
+    drawn = distributed_generate(model, tokenizer, prompts, c.group_size, t_q, c)  # [B][G] Samples
+
+    # 3. Keep the segment of median surprise; the others are dropped.
+    target = np.median
+    if c.ablation == "extreme_selection":  # Table 2: the likeliest, then the least likely
+        target = np.max if odd else np.min
+    segments = []  # [B] Samples
+    uncut = []  # [B] Samples, the same as they were drawn
+    for group in drawn:
+        cut = [cut_segment(s) for s in group]
+        index = select_segment([s.logprobs for s in cut], target)
+        segments.append(cut[index])
+        uncut.append(group[index])
+
+    # 4. The skip connection: the segment first, then the prompt.
+    bos = tokenizer.bos_token_id
+    x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [s, q]: [B] lists of ids
+    limits = c.max_new_tokens
+    if c.ablation == "no_skip":  # Table 2: go on after [q, s]; s + o is the response
+        x = [s.prompt + s.tokens for s in segments]
+        limits = [max(1, c.max_new_tokens - len(s.tokens)) for s in segments]
+
+    # 5. Downstream, phase II: G complete responses. paper silent: each gets the full limit after
+    # [s, q], and L_q is measured without s.
+    responses = distributed_generate(model, tokenizer, x, c.group_size, limits, c)  # [B][G] Samples
+
+    # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
+    answers = [token_lists(group) for group in responses]  # [B][G] lists of ids
+    if c.ablation == "no_skip":
+        answers = [token_lists(group, s.tokens) for s, group in zip(segments, responses)]
+    texts, R_II = grade(tokenizer, q, answers, reward)  # [B][G], [B, G]
+    R_I = monte_carlo_value(R_II)  # [B]
+    tokens = count_tokens(drawn) + count_tokens(responses)
+    if c.ablation == "no_mc":  # Table 2: the outcome of the segment's own continuation
+        R_I, further = own_outcomes(model, tokenizer, q, segments, uncut, c, reward)  # [B]
+        tokens += further
+
+    # 7. Downstream advantages.
+    A_II = group_advantages(R_II)  # [B, G]
+
+    # 8. Upstream advantages. At a first visit V(q) is 0: the README's "First visits" shows what
+    # that does where nearly every visit is a first one.
+    A_I = upstream_advantages(R_I, V)  # [B]
+
+    # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
+    # paper silent: eq. 5 is read as written, a mean over the tokens of a group; Appendix C's
+    # "tokens contribute equally" could be one over the tokens of the mini-batch. EOS counts.
+    share = c.minibatches / c.prompts_per_step  # of a prompt in its mini-batch
+    rows = []  # [B] lists of 1 + G Rows
+    for s, group, A_s, A_group in zip(segments, responses, A_I.tolist(), A_II.tolist()):
+        weight = c.w_up * share / len(s.tokens)
+        group_rows = [Row(s, A_s, weight, ppo_clip=True)]  # eq. 6
+        weight = c.w_down * share / count_tokens([group])
+        for o, A in zip(group, A_group):
+            group_rows.append(Row(o, A, weight, ppo_clip=False))  # eq. 5
+        rows.append(group_rows)
+
+    # 11. Trackers. They read the rewards, and how far pi has moved since it last saw q; both are
+    # known before step 10 moves it again, so that no step of the optimiser stands in between.
+    before = [state.kept.get(i, s) for i, s in zip(chosen, segments)]  # first visit: s, no move
+    D = policy_drift(model, before, c)  # [B], nats
+    lengths = np.array([[len(ids) for ids in group] for group in answers])  # [B, G], tokens
+    state.values.update(chosen, R_I, D)
+    state.lengths.update(chosen, lengths.mean(1), D)
+    state.kept.update(zip(chosen.tolist(), segments))
+
+    rollouts = []  # [B] dicts
+    for b, index in enumerate(chosen.tolist()):
+        record = rollout_record(tokenizer, q[b], responses[b], texts[b], R_II[b], A_II[b])
+        record["problem"] = index
+        record["segment"] = tokenizer.decode(segments[b].tokens)
+        record["value"] = R_I[b].item()
+        record["advantage"] = A_I[b].item()
+        rollouts.append(record)
+    metrics = response_metrics(responses, lengths, R_II, A_II)
+    metrics["mc_value"] = R_I.mean().item()
+    metrics["segment_tokens"] = np.mean([len(s.tokens) for s in segments])
+    metrics["tokens"] = tokens
+    return rows, rollouts, metrics
+
+def collect_grpo(model, tokenizer, problems, state, config, reward):
+    """GRPO as published (Shao et al. 2024), the paper's baseline: G responses from q, the group's
+    advantages, PPO's clip at 1 +- clip_low (the form of eq. 6), a mean over the tokens of a
+    response, then over responses, no KL. Takes and returns what `collect` does.
+
+    paper silent: prompts are chosen as for SKPO, with D = 0."""
+    c = config
+    rng = seed_generators(c.seed, state.step)
+    chosen = choose_prompts(state.values.value, c.prompts_per_step, rng, c.explore_eps)  # [B]
+    q = [problems[i] for i in chosen]  # [B] Problems
+    prompts = [problem.ids for problem in q]  # [B] lists of ids
+    limit = c.max_new_tokens
+    responses = distributed_generate(model, tokenizer, prompts, c.group_size, limit, c)  # [B][G]
+    answers = [token_lists(group) for group in responses]  # [B][G] lists of ids
+    texts, R = grade(tokenizer, q, answers, reward)  # [B][G], [B, G]
+    A = group_advantages(R)  # [B, G]
+    state.values.update(chosen, R.mean(1), 0.0)
+
+    share = c.minibatches / c.prompts_per_step / c.group_size  # of a response in its mini-batch
+    rows = []  # [B] lists of G Rows
+    rollouts = []  # [B] dicts
+    for b, index in enumerate(chosen.tolist()):
+        group_rows = []
+        for o, advantage in zip(responses[b], A[b].tolist()):
+            weight = share / len(o.tokens)
+            group_rows.append(Row(o, advantage, weight, ppo_clip=True))
+        rows.append(group_rows)
+        record = rollout_record(tokenizer, q[b], responses[b], texts[b], R[b], A[b])
+        record["problem"] = index
+        rollouts.append(record)
+    lengths = np.array([[len(o.tokens) for o in group] for group in responses])  # [B, G], tokens
+    metrics = response_metrics(responses, lengths, R, A)
+    metrics["tokens"] = count_tokens(responses)
+    return rows, rollouts, metrics
+
+def own_outcomes(model, tokenizer, problems, segments, uncut, config, reward):
+    """What no_mc takes for R_I: the outcome of one continuation from [q, s], or of the segment
+    itself where it had ended by itself. segments, uncut: B Samples.
+
+    paper silent: V(q) follows it too; the continuation has the full limit.
+    -> outcomes [B]; how many tokens were sampled for them."""
+    paused = [s for s, whole in zip(segments, uncut) if not whole.finished]
+    prompts = [s.prompt + s.tokens for s in paused]  # [q, s]
+    limit = config.max_new_tokens
+    onward = distributed_generate(model, tokenizer, prompts, 1, limit, config)  # [P][1] Samples
+    left = iter(onward)
+    answers = []  # [B][1] lists of ids
+    for s, whole in zip(segments, uncut):
+        if whole.finished:
+            answers.append([whole.tokens])
+        else:
+            answers.append(token_lists(next(left), s.tokens))
+    _, outcomes = grade(tokenizer, problems, answers, reward)  # [B, 1]
+    return outcomes[:, 0], count_tokens(onward)
+
+@torch.no_grad()
+def policy_drift(model, segments, config):
+    """D, how far pi moved since it last acted on each prompt: mean_t |log pi_then - log pi_now| of
+    the segment kept then. segments: B Samples. -> [B], nats.
+
+    paper silent: after SPO's code, but on s alone (SPO: the whole response) and before the update
+    (SPO: after it)."""
+    D = torch.zeros(len(segments), device=model.device)  # 0 where another process measures
+    for indices in micro_batches(segments, config.micro_tokens):
+        if not indices:
+            continue
+        batch = [segments[i] for i in indices]
+        now, then, mask = logprobs_now_and_then(model, batch, config.temperature)  # [N, T] each
+        D[indices] = (now - then).abs().sum(1) / mask.sum(1)
+    dist.all_reduce(D)
+    return D.cpu().numpy()
+
+def token_lists(group, ahead=()):
+    """The ids of each of n Samples, with those of `ahead` before them. -> [n] lists of ids."""
+    return [[*ahead, *sample.tokens] for sample in group]
+
+def count_tokens(groups):
+    """How many tokens [P][n] Samples have in all."""
+    total = 0
+    for group in groups:
+        total += sum(len(sample.tokens) for sample in group)
+    return total
+
+def rollout_record(tokenizer, problem, samples, texts, rewards, advantages):
+    """One prompt's rollout for the screen, rollouts.jsonl and analyses: text and plain numbers.
+
+    samples: G Samples; texts: [G]; rewards, advantages: [G]. `collect` fills in what belongs to the
+    segment: its text, its value R_I and its advantage."""
+    responses = []
+    for o, text, R, A in zip(samples, texts, rewards.tolist(), advantages.tolist()):
+        response = dict(text=text, reward=R, advantage=A, truncated=not o.finished)
+        responses.append(response)
+    prompt = tokenizer.decode(problem.ids)
+    return dict(
+        problem=None,  # its index among the problems
+        prompt=prompt,
+        segment=None,
+        value=None,
+        advantage=None,
+        responses=responses,
+    )
+
+def response_metrics(responses, lengths, rewards, advantages):
+    """The metrics of the responses: [B][G] Samples; lengths, rewards, advantages: [B, G].
+
+    zero_advantage: the share of prompts whose G advantages are all 0, which teach nothing.
+    entropy: of the policy that sampled, nats, the mean of -log pi over the tokens."""
+    logprobs = []
+    finished = []
+    for group in responses:
+        for o in group:
+            logprobs += o.logprobs
+            finished.append(o.finished)
+    return dict(
+        reward=rewards.mean().item(),
+        zero_advantage=(advantages == 0).all(1).double().mean().item(),
+        response_tokens=lengths.mean(),
+        truncated=1 - np.mean(finished),
+        entropy=-np.mean(logprobs),
+    )
+
+
+# ---- 6. Learn: step 10, one optimiser step per mini-batch, cut into passes -----------------------
+def learn(model, optimizer, rows, config):
+    """Step 10: one optimiser step on each mini-batch of B / minibatches prompts. The optimiser's lr
+    and weight decay are the caller's. rows: [B] lists of Rows. -> metrics, a dict:
+
+    ratio_up, clip_up: mean importance ratio of the tokens trained by eq. 6, and the share of them
+    whose ratio is clipped, whatever the advantage's sign; ratio_down, clip_down: of those trained
+    by eq. 5. With GRPO the responses are trained by eq. 6. None where nothing was trained.
+    grad_norm: the gradient's norm before it is scaled down, mean over the mini-batches."""
+    size = len(rows) // config.minibatches  # prompts
+    norms = []
+    sums = torch.zeros(2, 3)  # eq. 6 and eq. 5: tokens, their ratios, the clipped ones
+    for first in range(0, len(rows), size):
+        batch = []
+        for group in rows[first:first + size]:
+            batch += group
+        norm, figures = optimizer_step(model, optimizer, batch, config)
+        norms.append(norm)
+        sums += figures
+    metrics = dict(grad_norm=np.mean(norms))
+    for phase, (tokens, ratios, clipped) in zip(("up", "down"), sums.tolist()):
+        metrics[f"ratio_{phase}"] = ratios / tokens if tokens else None
+        metrics[f"clip_{phase}"] = clipped / tokens if tokens else None
+    return metrics
+
+def optimizer_step(model, optimizer, rows, config):
+    """One step of the optimiser on the Rows of a mini-batch. What has no advantage or no weight has
+    no gradient and is not run.
+
+    paper silent: with no advantage at all nothing moves, for AdamW passes over weights without a
+    gradient. -> the gradient's norm; figures [2, 3] as in `pass_loss`, summed over the passes."""
+    rows = [row for row in rows if row.advantage and row.weight]
+    samples = [row.sample for row in rows]
+    figures = torch.zeros(2, 3, device=model.device)
+    for indices in tqdm(micro_batches(samples, config.micro_tokens), "passes", **BAR):
+        batch = [rows[i] for i in indices]
+        if not batch:  # this process is idle, but takes part in the sum of the gradients
+            batch = [replace(rows[-1], weight=0.0)]
+        loss, sums = pass_loss(model, batch, config)
+        loss.backward()
+        figures += sums
+    dist.all_reduce(figures)
+    masters = optimizer.param_groups[0]["params"]  # FSDP's model.parameters() are copies now
+    norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise UserError("the gradient is not a finite number: --resume with a lower --lr")
+    optimizer.step()
+    optimizer.zero_grad()
+    reshard(model)  # the weights that compute are old now,
+    unshard(model)  # and made anew of the masters
+    return norm, figures.cpu()
+
+def pass_loss(model, rows, config):
+    """The loss of a pass (eq. 4), the sum of both phases'; w_up and w_down are in the weights.
+    -> scalar; figures [2, 3], of eq. 6 and of eq. 5: as `ratio_figures` has them."""
+    c = config
+    samples = [row.sample for row in rows]
+    now, then, mask = logprobs_now_and_then(model, samples, c.temperature)  # [N, T] each
+    A = now.new_tensor([row.advantage for row in rows])  # [N]
+    weight = now.new_tensor([row.weight for row in rows])  # [N]
+    weights = weight[:, None] * mask  # [N, T]
+    ppo_clip = mask.new_tensor([row.ppo_clip for row in rows])  # [N]
+    weights_up = weights * ppo_clip[:, None]  # [N, T]
+    weights_down = weights * ~ppo_clip[:, None]  # [N, T]
+
+    loss_up = upstream_loss(now, then, A, weights_up, c.clip_low, c.clip_low)
+    figures_up = ratio_figures(now, then, weights_up, c.clip_low, c.clip_low)
+    loss_down = downstream_loss(now, then, A, weights_down, c.clip_low, c.clip_high)
+    figures_down = ratio_figures(now, then, weights_down, c.clip_low, c.clip_high)
+    return loss_up + loss_down, torch.stack([figures_up, figures_down])
+
+def ratio_figures(logprobs, old_logprobs, weights, clip_low, clip_high):
+    """Of the tokens that have a weight: how many they are, the sum of their importance ratios, and
+    how many ratios are beyond the clip. [N, T] each. -> [3]."""
+    trained = weights > 0
+    ratio = (logprobs.detach() - old_logprobs).exp()[trained]  # [tokens]
+    clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+    return torch.stack([trained.sum(), ratio.sum(), clipped.sum()])
+
+def logprobs_now_and_then(model, samples, temperature):
+    """log pi of the tokens of N Samples now, with gradients, and log pi_old as they were sampled.
+    -> now, then, mask: [N, T] each, nats, 0 where padded."""
+    prompts = [sample.prompt for sample in samples]
+    tokens = [sample.tokens for sample in samples]
+    now, mask = response_logprobs(model, prompts, tokens, temperature)  # [N, T] each
+    flat = []
+    for sample in samples:
+        flat += sample.logprobs
+    then = torch.zeros_like(now).masked_scatter(mask, now.new_tensor(flat))  # [N, T]
+    return now, then, mask
+
+def micro_batches(samples, limit):
+    """Cuts N Samples into passes of at most `limit` tokens (`padded_tokens`); a longer row goes
+    alone. -> this process's passes, lists of indices.
+
+    Every process must take as many passes, for FSDP sums their gradients pass by pass: where they
+    do not divide evenly, some get an empty one."""
+    order = []
+    for i, sample in enumerate(samples):
+        size = round(2 * math.log2(len(sample.tokens)))  # like lengths together, within sqrt 2
+        order.append((size, sample.prompt, i))  # then equal prompts, which are run once
+    passes = []
+    for _, _, i in sorted(order):
+        grown = [samples[j] for j in passes[-1]] + [samples[i]] if passes else []
+        if grown and padded_tokens(grown) <= limit:
+            passes[-1].append(i)
+        else:
+            passes.append([i])
+    rank, world = rank_and_world()
+    while len(passes) % world:
+        passes.append([])
+    return passes[rank::world]
+
+def padded_tokens(samples):
+    """How many tokens a pass over Samples runs: padding counts, a prompt that rows share does so
+    once."""
+    prompts = {tuple(sample.prompt) for sample in samples}
+    longest_prompt = max(len(prompt) for prompt in prompts)
+    longest = max(len(sample.tokens) for sample in samples)
+    return len(prompts) * longest_prompt + len(samples) * longest
+
+
+# ---- 7. Sampling ---------------------------------------------------------------------------------
+CHUNK = 16  # tokens sampled between two looks at which rows have ended
+RENAMED = Version(transformers.__version__) >= Version("5.24")
+CACHE = "cache" if RENAMED else "past_key_values"  # what transformers calls the argument
+
+@dataclass
+class SamplingRow:
+    """A sample while it is drawn."""
+    prompt: list    # ids
+    limit: int      # tokens that it may have
+    tokens: list = field(default_factory=list)    # ids so far
+    logprobs: list = field(default_factory=list)  # nats, of each
+    finished: bool = False                        # the last token is an EOS
+
+    @property
+    def ended(self):
+        """Whether nothing more is to be drawn."""
+        return self.finished or len(self.tokens) >= self.limit
+
+    def take(self, tokens, logprobs, eos):
+        """Appends what was drawn, up to its end; eos is the set of ids that end a response."""
+        for token, logprob in zip(tokens, logprobs):
+            if self.ended:
+                break
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            self.finished = token in eos
+
+def turn_width(rows):
+    """How many columns a turn of these SamplingRows may come to: the longest start of a row, and
+    what another may still take."""
+    longest = max(len(row.prompt) + len(row.tokens) for row in rows)
+    left = max(row.limit - len(row.tokens) for row in rows)
+    return longest + left
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
+    """n samples of each of P prompts (lists of ids) from softmax(logits / temperature) and nothing
+    else; 0 is greedy. max_new_tokens is one number, or one per prompt. Returns [P][n] Samples.
+
+    Rows stand in a queue, and a turn samples as many as fit into memory. An iteration takes about
+    as long for few rows as for many, so once half of a turn's rows have ended while others wait,
+    the rest go to the end of the queue. Their tokens so far are then prefilled with the prompt.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # what peft wraps; its adapters are inside
+    limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
+    rows = []
+    for prompt, limit in zip(prompts, limits):
+        for _ in range(n):
+            rows.append(SamplingRow(prompt, limit))
+    eos = eos_ids(model, tokenizer)
+    softmax_only = GenerationConfig(
+        do_sample=temperature > 0, temperature=1.0, top_k=0, pad_token_id=0,
+        eos_token_id=sorted(eos) or None, return_dict_in_generate=True)
+    widest = turn_width(rows) if rows else 0  # fits into the context, for prompts and limits do
+    counts = "{desc}: {n} of {total} responses have ended [{elapsed}]"
+    queue = list(rows)
+    with (generation_config_replaced(model, softmax_only),
+          tqdm(total=len(rows), bar_format=counts, **BAR) as bar):
+        while queue:
+            width = min(widest, turn_width(queue))
+            fit = rows_that_fit(model, width)
+            turn = queue[:fit]
+            queue = queue[fit:]
+            sample_turn(model, turn, width, eos, temperature, bool(queue), bar)
+            queue += [row for row in turn if not row.ended]
+    samples = [Sample(row.tokens, row.logprobs, row.finished, row.prompt) for row in rows]
+    return [samples[p * n:(p + 1) * n] for p in range(len(prompts))]  # [P][n]
+
+def eos_ids(model, tokenizer):
+    """The set of ids that end a response: the tokenizer's, and those of the generation_config."""
+    configured = model.generation_config.eos_token_id  # an id, a list of them, or None
+    if not isinstance(configured, list):
+        configured = [configured]
+    return {tokenizer.eos_token_id, *configured} - {None}
+
+@contextmanager
+def generation_config_replaced(model, config):
+    """The model's own generation_config steps aside, for its top_k or penalties are not pi. Passing
+    another one to transformers' generate is not enough: what it leaves open comes from the model's
+    own. That one is put back, also after an error."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+def sample_turn(model, rows, width, eos, temperature, others_wait, bar):
+    """Samples N SamplingRows until all have ended or, while others wait, until half of them have,
+    at most until they have `width` columns, padding counted. Rows that have ended leave between two
+    pieces of CHUNK tokens."""
+    bar.set_description_str(f"prefill of {len(rows)} rows")
+    fewest = len(rows) // 2 if others_wait else 0
+    ids, mask, cache = prefill(model, [row.prompt + row.tokens for row in rows])  # [N, S]
+    while len(rows) > fewest and ids.shape[1] < width:
+        longest = max(len(row.tokens) for row in rows)
+        bar.set_description_str(f"sampling {len(rows)} rows, {longest} tokens so far")
+        left = max(row.limit - len(row.tokens) for row in rows)
+        count = min(CHUNK, left, width - ids.shape[1])
+        tokens, logprobs = draw(model, ids, mask, cache, count, temperature)  # [N, C]
+        for row, new, nats in zip(rows, tokens.tolist(), logprobs.tolist()):
+            row.take(new, nats, eos)
+        staying = [i for i, row in enumerate(rows) if not row.ended]
+        bar.update(len(rows) - len(staying))
+        rows = [rows[i] for i in staying]
+        drawn = torch.ones_like(tokens, dtype=torch.bool)  # [N, C]; those who stay took them all
+        ids = torch.cat([ids, tokens], 1)[staying]  # [fewer, S + C]
+        mask = torch.cat([mask, drawn], 1)[staying]  # [fewer, S + C]
+        cache.batch_select_indices(staying)
+
+def draw(model, ids, mask, cache, count, temperature):
+    """Draws up to `count` tokens after ids [N, S], of which the cache lacks the last. Returns the
+    tokens [N, C] and their log-probs (nats) [N, C]; after an EOS neither means anything."""
+    scaled = Temperature(temperature or 1.0)
+    drawn = DrawnLogprobs(scaled)
+    output = model.generate(
+        ids, attention_mask=mask.long(), max_new_tokens=count, synced_gpus=False,
+        logits_processor=LogitsProcessorList([scaled]),
+        stopping_criteria=StoppingCriteriaList([drawn]), **{CACHE: cache})
+    tokens = output.sequences[:, ids.shape[1]:]  # [N, C]
+    logprobs = torch.stack(drawn.logprobs, 1)  # [N, C], or one more if transformers stops late
+    return tokens, logprobs[:, :tokens.shape[1]]
+
+class Temperature(LogitsProcessor):
+    """Divides the scores [N, V] by the temperature, in place, and shows the last ones."""
+    def __init__(self, temperature):
+        self.temperature = temperature
+        self.scores = None  # [N, V], until the next ones
+
+    def __call__(self, input_ids, scores):
+        self.scores = scores.div_(self.temperature)
+        return self.scores
+
+class DrawnLogprobs(StoppingCriteria):
+    """Stops nothing: it is what transformers calls after each draw. Keeps the log-prob of the token
+    drawn; to keep the scores for it would take [N, V] for every token."""
+    def __init__(self, scaled):
+        self.scaled = scaled
+        self.logprobs = []  # [N] each, nats
+
+    def __call__(self, input_ids, scores, **kwargs):
+        scores = self.scaled.scores  # [N, V], which the last column of ids was drawn from
+        drawn = scores.gather(1, input_ids[:, -1:])[:, 0]  # [N]
+        self.logprobs.append(drawn - scores.logsumexp(1))
+        return torch.zeros_like(drawn, dtype=torch.bool)
+
+def rows_that_fit(model, length):
+    """How many rows of `length` tokens may be sampled at once. Each takes its keys and values, and
+    while a token is drawn four copies of its logits in float32 (measured); what a prefill holds in
+    passing is set aside: less than 24 hidden states per token (measured: 12 to 21)."""
+    _, _, cache = prefill(model, [[0, 0]])  # holds one token
+    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # bytes
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    logits = 4 * 4 * vocabulary  # bytes
+    activations = PREFILL * 24 * width * cache.layers[0].keys.itemsize  # bytes
+    memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
+    if model.device.type == "cuda":
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
+    return max(1, int((memory - activations) // (token * (length + CHUNK) + logits)))
+
+
+# ---- 8. Log-probs --------------------------------------------------------------------------------
+PREFILL = 8192  # tokens that a prefill runs at once: more are not faster, and need more memory
+
+def padded(rows, device, left=False):
+    """Lists of ids, at the right or left padded with 0, as ids [N, T] and a mask [N, T] that is
+    True where an id stands. T is 1 at least."""
+    longest = max(1, max(len(row) for row in rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = longest - len(row) if left else 0
+        end = start + len(row)
+        ids[i, start:end] = torch.tensor(row, dtype=torch.long)
+        mask[i, start:end] = True
+    return ids.to(device), mask.to(device)
+
+def forward(model, ids, mask, cache):
+    """Runs those columns of ids [N, S + T] that the cache of S does not hold yet. Returns their
+    hidden states [N, T, D]; the cache takes up their keys and values, with gradients if any."""
+    start = cache.get_seq_length()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [N, S + T]; padding takes up none
+    output = model.get_decoder()(
+        input_ids=ids[:, start:], attention_mask=mask.long(), position_ids=positions[:, start:],
+        use_cache=True, **{CACHE: cache})
+    if cache.get_seq_length() == start:  # gradient checkpointing in train() mode drops it silently
+        raise ValueError("the KV cache stayed empty")
+    return output.last_hidden_state
+
+def prefill(model, prompts):
+    """N prompts (lists of ids) as ids [N, S] and their mask [N, S], padded at the left, and a cache
+    of all columns but the last. Equal prompts are run once, in training too: gradients of all rows
+    that share the cache add up in it."""
+    numbers = {}  # of each different prompt
+    for prompt in prompts:
+        numbers.setdefault(tuple(prompt), len(numbers))
+    ids, mask = padded(numbers, model.device, left=True)  # [P, S], of the different ones
+    cache = DynamicCache(config=model.config)
+    columns = max(1, PREFILL // len(numbers))
+    end = 0
+    while end < ids.shape[1] - 1:
+        end = min(end + columns, ids.shape[1] - 1)
+        forward(model, ids[:, :end], mask[:, :end], cache)
+    rows = [numbers[tuple(prompt)] for prompt in prompts]  # [N]
+    cache.batch_select_indices(rows)
+    return ids[rows], mask[rows], cache
+
+def response_logprobs(model, prompts, responses, temperature=1.0):
+    """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
+    lists of ids. Returns log-probs (nats) and their mask, [N, T] each, 0 where padded."""
+    prompt_ids, prompt_mask, cache = prefill(model, prompts)  # [N, S]
+    targets, mask = padded(responses, model.device)  # [N, T]
+    ids = torch.cat([prompt_ids, targets], 1)  # [N, S + T]
+    seen = torch.cat([prompt_mask, mask], 1)  # [N, S + T]
+    # Each token is predicted from the one before it, so the last one need not be run.
+    hidden = forward(model, ids[:, :-1], seen[:, :-1], cache)  # [N, T, D]
+    head = model.get_output_embeddings()
+    values = chunked_logprobs(head, hidden[mask], targets[mask], temperature)  # [sum of lengths]
+    logprobs = values.new_zeros(mask.shape)  # [N, T]
+    logprobs[mask] = values
+    return logprobs, mask
+
+def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
+    """log softmax(head(hidden) / temperature)[target], nats, with gradients: hidden [M, D], targets
+    [M] -> float32 [M]. A chunk's logits [chunk, V] are not kept, the backward pass recomputes."""
+    logprobs = []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+        logprobs.append(checkpoint(target_logprobs, head, h, t, temperature, use_reentrant=False))
+    return torch.cat(logprobs)  # [M]
+
+def target_logprobs(head, hidden, targets, temperature):
+    """log softmax(head(hidden) / temperature)[target], nats: [m, D], [m] -> float32 [m]."""
+    logits = head(hidden).float() / temperature  # [m, V]
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+# ---- 9. Rewards: is the last box right? ----------------------------------------------------------
+# Two answers are equal if their normal forms are: the values of what can be computed, the text of
+# everything else. A model wrote these texts: they are read, and never run.
+
+DIGITS = 150     # that are computed,
+COMPARED = 110   # and those of them that must agree
+LARGEST = 1e50   # 10^50 + 10^-50 has 101 digits, so that none of a sum is lost
+LONGEST = 200    # characters that are read
+BRACKETS = 40    # that may open in them, which bounds how deep they are nested
+CONSTANTS = {"pi": sympy.pi.evalf(DIGITS), "e": sympy.E.evalf(DIGITS)}
+
+UNIT = (r"(?:\\?%|percent|[cmk]m|in|inch(?:es)?|ft|feet|mph|kg|degrees ?[CF]|(?:meter|mile|gram|"
+        r"pound|liter|hour|minute|second|day|week|year|dollar|cent|degree|point|unit)s?)")
+LABEL = r"(?:\\[a-z]+|[a-z]|[A-Z]{1,3})?(?:_\w+)? ?(?:\([a-zA-Z, ]+\))?[=∈]"
+CALLED = r"[a-zA-Z]\d*(?:[_^](?:\w+|\{[^{}]*\}))* ?\("  # a letter, its scripts, and a bracket
+GREEK = ("alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|"
+         "Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega")
+NO_VALUE = r"\\\g<0>"  # as an unknown command: its text is no expression
+
+TIDY = [  # pattern, replacement, what for: each of these is then written in one way only
+    (r"\\\\\s*", ";", "rows of a matrix"),
+    (r"\{[bp]matrix\}", "{matrix}", "its round or square brackets"),
+    (r"\\(?:emptyset|varnothing)(?![a-zA-Z])|\\\{\s*\\\}", "∅", "the empty set"),
+    (r"\\infty(?![a-zA-Z])|infinity", "∞", r"(-\infty, 3]"),
+    (r"\\pi(?![a-zA-Z])|(?<![\\a-zA-Z])pi(?![a-zA-Z])", "π", r"2\pi, 2 pi"),
+    (r"\\(?:cdot|times)(?![a-zA-Z])|[×·]", "*", r"3 \times 4"),
+    (r"−", "-", "a minus sign that is no hyphen"),
+    (r"\\pm(?![a-zA-Z])", "±", r"3 \pm \sqrt{2}"),
+    (r"\\(?:leqslant|leq|le)(?![a-zA-Z])|<=", "≤", r"x \leq 5"),
+    (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])|>=", "≥", r"x \geq 5"),
+    (r"\\(?:neq|ne)(?![a-zA-Z])|!=", "≠", r"x \neq 5"),
+    (r"\\in(?![a-zA-Z])", "∈", r"x \in [1, 2]"),
+    (r"\\[lc]?dots(?![a-zA-Z])|\.\.+", "…", r"1, 2, \dots"),
+    (r"(?<=\d)(?<!\b0)(?:\{,\}|,?\\[!,])\s*(?=\d{3}(?!\d))", "", r"12{,}345 and 12\,345"),
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])", " ", "sizes, spaces"),
+    (r"\\[!,;:> ()]|~|\\?\$", " ", "spaces, $ of money and of mathematics"),
+    (r"\\(?:text\w*|math\w+|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 ", r"5 \text{ cm}"),
+    (r",?\s*\b(?:and|or)\b", ",", "2 or 3"),
+    (r"\\[cdt]frac", r"\\frac", r"\dfrac{1}{2}"),
+    (r"\\frac\s*(\w)", r"\\frac{\1}", r"\frac12"),
+    (r"\\frac(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}", r"\frac{1}2"),
+    (r"\\?sqrt|√", r"\\sqrt", "√2"),
+    (r"\\sqrt(\[\w+\])?\s*(\w)", r"\\sqrt\1{\2}", r"\sqrt2"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "sqrt(2)"),
+    (r"_(?:(\w)|\{(\w+)\})", r"_\1\2 ", r"a_{1}, \log_{2} 3"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|°", " degrees ", r"30^\circ"),
+    (r"((?:sin|cos|tan|cot|sec|csc).*)degrees", r"\1degrees here", r"\sin 30° is not \sin 30"),
+    (r"\s+", " ", "spaces"),
+    (r"^ |[., ]+$", "", "the end of a sentence"),
+    (rf"(?<=[\d}})π]) ?(?:square |cubic )?{UNIT}(?: ?\^\{{?[23]\}}?)?(?= ?,|$)", "", "8 cm^2"),
+    (r" ?([=∈≤≥≠]) ?", r"\1", "x = 5"),
+    (r"^([^,]*)±([^,]*)$", r"\1+\2,\1-\2", r"3 \pm 2 is two numbers"),
+]
+
+PYTHON = [  # pattern, replacement, what for: tidy LaTeX becomes a Python expression
+    (r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|ln|lg|tg)", NO_VALUE, "a word, a function: no product"),
+    (rf"[fgFG](?:\^\{{?-1\}}?)?\(|{CALLED}(?![^()]*[\w}}] ?[-+])", NO_VALUE, "f(2x) is not 2f(x)"),
+    (rf"{CALLED}(?![^()]*[a-zA-Z])", NO_VALUE, "I(0) is not 0"),
+    (r"(?<![a-zA-Z])_", NO_VALUE, "1010_2 has a base; Python would read 10102"),
+    (r"\d*\.\d*(?<=[\d.]{17})", NO_VALUE, "a float holds 15 digits"),
+    (r"(?<![\d.])00", NO_VALUE, "350,000 pages is not 350, 0"),
+    (r"(?<![\d.,])0(?=[1-9])", "", "05"),
+    (r"(?<![\w.}^/])(?<!\d )(\d+) ?(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)", r"(\1+\2)", "2 1/2"),
+    (r"(?<![\\a-zA-Z_])([a-zA-Z])([a-zA-Z])(?![a-zA-Z])", r"\1 \2", "xy is x y"),
+    (r"π", " pi ", "a name"),
+    (r"∞", " infinity ", "a name"),
+    (rf"\\({GREEK})(?![a-zA-Z])", r" greek_\1", "a name"),
+    (r"\\sqrt\[([^][]*)\]", r" root{\1}", r"\sqrt[3]{8} is root[3][8]"),
+    (r"\\sqrt", " root{2}", r"\sqrt{2} is root[2][2]"),
+    (r"\\frac", " frac", r"\frac{1}{2} is frac[1][2]"),
+    (r"(?<=[)}]) ?(?=[a-zA-Z(])|(?<=\)) ?(?=\d)", "*", "(x + 1)(x + 2)"),
+    (r"(?<=\w) ?(?=\()|(?<=\w) +(?=[a-zA-Z])|(?<=\d)(?=[a-zA-Z])", "*", "2 x (x + 1)"),
+    (r"\[", "(closed,", "an interval is a tuple that names its closed ends"),
+    (r"\]", ",closed)", "an interval is a tuple that names its closed ends"),
+    (r"(?<!\\)\{", "[", "what LaTeX groups is a list of one"),
+    (r"(?<!\\)\}", "]", "what LaTeX groups is a list of one"),
+    (r"\\([{}])", r"\1", r"\{1, 2\} is a set"),
+    (r"\^", "**", "x^2"),
+]
+
+def math_reward(response, problem):
+    """1.0 if the last box of the response (text) holds the answer of the Problem, else -1.0."""
+    return 1.0 if is_correct(response, problem.answer) else -1.0
+
+def extract_answer(text):
+    r"""What the last \boxed{...} of the text holds; None if it is empty or was never closed."""
+    boxes = re.split(r"\\boxed\s*\{", text)
+    if len(boxes) == 1:
+        return None
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", boxes[-1], re.DOTALL):  # \{ and \} are no braces
+        if brace[0] == "{":
+            depth += 1
+        if brace[0] == "}":
+            depth -= 1
+        if depth == 0:
+            return boxes[-1][:brace.start()].strip() or None
+    return None
+
+def is_correct(response, answer):
+    """Whether the last box of the response (text) holds the answer (text, number). Never raises."""
+    given = extract_answer(response)
+    if given is None:
+        return False
+    return normal_form(given) == normal_form(str(answer))
+
+@lru_cache(10**4)  # a reference is compared with every response to it
+def normal_form(text):
+    """What equal answers share: their values, or the tidy text without spaces. Hashable.
+
+    Two expressions are equal if they have the same value at random points: each letter has a fixed
+    random value, once positive and once negative, as x and sqrt(x^2) differ only there. That two
+    different expressions agree at both points, to 110 digits, is as good as impossible.
+    """
+    if len(text) > LONGEST:
+        return text
+    tidy = tidied(text)
+    if re.fullmatch("[a-zA-Z]{2,}", tidy):  # a word; as a product, no would be on
+        return tidy.lower()
+    try:
+        items = ast.parse(expression(tidy) + ",", mode="eval").body.elts  # the comma: a tuple
+        answer = items[0] if len(items) == 1 else ast.Set(items)
+        return form(answer, 1), form(answer, -1)
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):  # no expression
+        plain = re.sub(r"(?<!\d) | (?!\d)", "", tidy)  # 2 3 is not 23
+        return plain or text
+
+def tidied(text):
+    """The text in the spelling that equal ones share, without its label (x =)."""
+    for pattern, new, _ in TIDY:
+        text = re.sub(pattern, new, text)
+    label = re.match(LABEL, text)
+    if label:
+        values = re.sub(", ?" + re.escape(label[0]), ",", text[label.end():])  # x = 1, x = 2
+        if not re.search("[=∈]", values):
+            text = values
+    if re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+(?!\d)[^,]*", text):
+        text = text.replace(",", "")  # 1,000
+    return text
+
+def expression(text):
+    """The Python expression that tidy LaTeX stands for. ValueError if a part of it is unknown."""
+    if len(re.findall(r"[(\[{]", text)) > BRACKETS:
+        raise ValueError("too many brackets")
+    for pattern, new, _ in PYTHON:
+        text = re.sub(pattern, new, text)
+    if not re.fullmatch(r"[\w\s+*/(){}\[\],.-]*", text, re.ASCII):
+        raise ValueError("no expression")
+    return text.strip()
+
+def form(node, sign):
+    """Of a tuple its items in order, of a set its items sorted, of the rest its value, as text."""
+    match node:
+        case ast.Tuple(items):
+            return "tuple", *[form(item, sign) for item in items]
+        case ast.List([item]):
+            return form(item, sign)
+        case ast.Set(items) | ast.List(items):  # {1, 2} without its backslashes is meant as a set
+            return "set", *sorted([form(item, sign) for item in items], key=str)
+    return str(sympy.Float(number(node, sign), COMPARED))
+
+def number(node, sign):
+    """The value of a node where all letters have this sign (1, -1). ValueError if it has none."""
+    match node:
+        case ast.Constant(int() | float() as value):
+            result = sympy.Float(str(value), DIGITS)
+        case ast.Name(name):
+            result = letter(name, sign)
+        case ast.List([term]) | ast.UnaryOp(ast.UAdd(), term):
+            result = number(term, sign)
+        case ast.UnaryOp(ast.USub(), term):
+            result = -number(term, sign)
+        case ast.BinOp(left, ast.Add(), right):
+            result = number(left, sign) + number(right, sign)
+        case ast.BinOp(left, ast.Sub(), right):
+            result = number(left, sign) - number(right, sign)
+        case ast.BinOp(left, ast.Mult(), right):
+            result = number(left, sign) * number(right, sign)
+        case ast.BinOp(left, ast.Div(), right):
+            result = number(left, sign) * power(number(right, sign), -1)
+        case ast.BinOp(base, ast.Pow(), exponent):
+            result = power(number(base, sign), number(exponent, sign))
+        case ast.Subscript(ast.Subscript(ast.Name("frac"), above), below):
+            result = number(above, sign) * power(number(below, sign), -1)
+        case ast.Subscript(ast.Subscript(ast.Name("root"), degree), base):
+            result = power(number(base, sign), power(number(degree, sign), -1))
+        case _:
+            raise ValueError("no number")
+    if result and not 1 / LARGEST < abs(float(result)) < LARGEST:
+        raise ValueError("out of range")
+    return result
+
+@lru_cache(1000)
+def letter(name, sign):
+    """The value of a name: that of a constant, else a fixed random one of this sign."""
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    value = random.Random(name).uniform(1, 2)
+    return sympy.Float(sign * value, DIGITS)
+
+def power(base, exponent):
+    """base ^ exponent, both real. ValueError if it is out of range, as 0 ^ -1 is.
+
+    An odd root of a negative number is negative. An even one is not real: (-1) ^ exponent then
+    counts as the power of one more letter.
+    """
+    if not base and float(exponent) > 0:
+        return base
+    if abs(float(exponent) * math.log(abs(base))) > math.log(LARGEST):  # before it is computed
+        raise ValueError("out of range")
+    size = sympy.Float(abs(base) ** exponent, DIGITS)
+    if float(base) > 0:
+        return size
+    times = abs(exponent) * 3 * 5 * 7  # whole if the exponent is, or has one of these below it
+    whole = int(2 * times + 1) // 2
+    if abs(float(times - whole)) < 1 / LARGEST:
+        return size if whole % 2 == 0 else -size
+    return size * letter("minus one", 1) ** exponent
+
+
+# ---- 10. Grading and evaluation ------------------------------------------------------------------
+def grade(tokenizer, problems, answers, reward):
+    """The reward of each response. problems: P Problems; answers: [P][n] lists of ids; reward:
+    reward(response, problem) -> float. -> texts [P][n]; rewards [P, n] in [-1, 1], float64.
+
+    Each response is graded once, by the process that sampled it, and the others are told: two
+    calls of a random, timed or judged reward may differ, and so would the processes' rows."""
+    graded = []
+    for problem, group in zip(my_share(problems), my_share(answers)):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
+        rewards = [checked_reward(reward, text, problem) for text in texts]
+        graded.append((texts, rewards))
+    graded = gather_shares(graded)
+    texts = [group_texts for group_texts, _ in graded]
+    rewards = [group_rewards for _, group_rewards in graded]
+    return texts, torch.tensor(rewards, dtype=torch.float64)
+
+def checked_reward(reward, response, problem):
+    """reward(response, problem), refused if it is no finite number in [-1, 1]."""
+    R = reward(response, problem)
+    if not isinstance(R, numbers.Real) or not -1 <= R <= 1:  # NaN is not
+        raise UserError(f"the reward returned {R!r}: it must be a number from -1 to 1")
+    return float(R)
+
+def evaluate(model, tokenizer, problems, config, reward=math_reward):
+    """Samples of each of P problems, from q alone. -> metrics, a dict (`evaluation_metrics`)."""
+    rollouts = answer_problems(model, tokenizer, problems, config, reward)
+    return evaluation_metrics(rollouts)
+
+def answer_problems(model, tokenizer, problems, config, reward):
+    """k samples of each of P problems, from q alone, the same draws at every evaluation.
+    -> [P] rollout records, without a segment."""
+    c = config
+    seed_generators(c.seed, 10**9)  # a step that no run reaches
+    k = c.eval_samples if c.temperature else 1  # greedy samples are all alike
+    prompts = [problem.ids for problem in problems]
+    groups = distributed_generate(model, tokenizer, prompts, k, c.max_new_tokens, c)  # [P][k]
+    answers = [token_lists(group) for group in groups]  # [P][k] lists of ids
+    texts, R = grade(tokenizer, problems, answers, reward)  # [P][k], [P, k]
+    A = group_advantages(R)  # [P, k], as training would see them
+    records = []
+    for p, problem in enumerate(problems):
+        record = rollout_record(tokenizer, problem, groups[p], texts[p], R[p], A[p])
+        records.append(record)
+    return records
+
+def evaluation_metrics(rollouts):
+    """A response is right if its reward is above 0. accuracy: avg@k, the share of right responses;
+    pass_at_k: of problems with a right one; truncated: of responses cut at the limit."""
+    right = []
+    truncated = []
+    for rollout in rollouts:
+        responses = rollout["responses"]
+        right.append([response["reward"] > 0 for response in responses])
+        truncated.append([response["truncated"] for response in responses])
+    right = np.array(right)  # [P, k]
+    return dict(
+        accuracy=right.mean(),
+        pass_at_k=right.any(1).mean(),
+        truncated=np.mean(truncated),
+        problems=right.shape[0],
+        samples=right.shape[1],
+    )
+
+
+# ---- 11. Problems and the model ------------------------------------------------------------------
+def sum_problems():
+    """2048 built-in Problems: six digits, and the last digit of their sum."""
     rng = np.random.default_rng(20260409)
-    if source == "sums":
-        rows = rng.permutation(10**6)[:2048]
-        return [Problem(f"{row:06d}", str(sum(map(int, str(row))) % 10)) for row in rows]
-    if source == "arithmetic":
-        rows = np.unique(rng.integers(2, 100, (2048, 3)), axis=0)
-        return [Problem(f"What is {a} + {b} * {c}?", str(a + b * c)) for a, b, c in rows]
     problems = []
-    for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
+    for number in rng.permutation(10**6)[:2048]:
+        question = f"{number:06d}"
+        total = sum(int(digit) for digit in question)
+        problems.append(Problem(question, str(total % 10)))
+    return problems
+
+def arithmetic_problems():
+    """2048 built-in Problems, or somewhat fewer since none is there twice: a + b * c."""
+    rng = np.random.default_rng(20260409)
+    numbers = rng.integers(2, 100, (2048, 3))
+    problems = []
+    for a, b, c in np.unique(numbers, axis=0):
+        problems.append(Problem(f"What is {a} + {b} * {c}?", str(a + b * c)))
+    return problems
+
+def parse_problem(line, needs_answer):
+    """The Problem that one line of a data file (bytes) holds. Any exception says: it holds none."""
+    row = json.loads(line.decode("utf-8-sig"))  # no other encoding, as json.loads would guess
+    key = "problem" if row.get("question") is None else "question"
+    question = row.pop(key)
+    question = question.encode(errors="replace").decode()  # no lone surrogates
+    if not question.strip():
+        raise ValueError("an empty question")
+    answer = row.pop("answer", None)
+    if answer is None and not needs_answer:
+        return Problem(question, "", row=row)
+    if type(answer) not in (str, int, float):  # True is an int by isinstance
+        raise ValueError("no answer")
+    answer = str(answer).rsplit("####", 1)[-1].strip()  # GSM8K ends in "#### 18"
+    answer = extract_answer(answer) or answer
+    if not answer:
+        raise ValueError("an empty answer")
+    return Problem(question, answer, row=row)
+
+def load_problems(source, needs_answer=True):
+    """The Problems of a JSON Lines file, or the built-in "sums" or "arithmetic". A line has a
+    "question" or "problem", and an "answer": text, a number, or GSM8K's "... #### 18". Its other
+    fields go into Problem.row. A reward of one's own may do without the answer."""
+    if source == "sums":
+        return sum_problems()
+    if source == "arithmetic":
+        return arithmetic_problems()
+    wanted = 'JSON Lines, each line an object with a "question" or "problem" (text)'
+    if needs_answer:
+        wanted += ' and an "answer" (text or number)'
+    problems = []
+    lines = Path(source).read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            question = row.get("question", row.get("problem"))
-            question = question.encode(errors="replace").decode()  # no lone surrogates
-            answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
-            if not question.strip() or not answer or type(row["answer"]) not in (str, int, float):
-                raise ValueError
-        except Exception:  # whatever a line may hold
-            raise UserError(f'{source}, line {number}: not a JSON object with a "question" or '
-                            '"problem" (text) and an "answer" (text or number)') from None
-        problems.append(Problem(question, extract_answer(answer) or answer))
+            problem = parse_problem(line, needs_answer)
+        except Exception:  # a line may hold anything
+            found = repr(line[:40])  # bytes: whatever is not ASCII is shown as an escape
+            raise UserError(
+                f"{source}, line {number}: wanted is {wanted}; this one begins with {found}"
+            ) from None
+        problems.append(problem)
+    if not problems:
+        raise UserError(f"{source} is empty: wanted is {wanted}")
     return problems
 
 def prompt_ids(tokenizer, question, template="auto"):
-    """The ids of a prompt; "auto": with a request for a box, and in the chat template if any."""
+    """The ids of a prompt. "auto" adds a request for a box, and the chat template if there is
+    one; "none" takes the question as it is."""
     if template == "auto":
         question += "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": question.strip()}]
-            return tokenizer.apply_chat_template(  # some templates tell the date
-                messages, add_generation_prompt=True, return_dict=False, date_string="1 Jan 2026")
+            return tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                return_dict=False,
+                date_string="1 Jan 2026",  # some templates tell the date
+            )
     ids = tokenizer(question)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some end each text with EOS
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        return ids[:-1]
+    return ids
+
+def end_of_turn(tokenizer):
+    """The id of the token that the chat template writes after an assistant's message, or None.
+    It counts only if it was added to the vocabulary, as <|im_end|> is: plain templates go on with
+    a newline there, and every response would stop at its first line."""
+    marker = "THE ANSWER"
+    messages = [
+        {"role": "user", "content": "THE QUESTION"},
+        {"role": "assistant", "content": marker},
+    ]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        _, found, rest = text.rpartition(marker)
+        ids = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"]
+        added = tokenizer.added_tokens_decoder
+    except Exception:  # no template, or one that knows no assistant
+        return None
+    if found and ids and ids[0] in added:
+        return ids[0]
+    return None
 
 def load_model(config):
-    """(model, tokenizer), float32, on a GPU if any; no remote code, no pickle. Refused if log-probs
-    through a shared cache are wrong: recurrent states, scaled or capped logits, broken weights."""
+    """The model of --model in float32, on a GPU if there is one, and its tokenizer. No remote code
+    and no pickle is run, and a model whose log-probs would be wrong is refused. Of its
+    generation_config stays what ends a response, and the end of a turn is added."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = config.model
-    if source == "embedded":
-        torch.set_num_threads(1)  # so small a model only has threads wait for one another
-        model, tokenizer = embedded_model(config.seed, steps=0 if config.resume else 400)
+    if config.model == "embedded":
+        torch.set_num_threads(1)  # in so small a model threads only wait for one another
+        steps = 0 if config.resume else 400  # a resumed run has its weights in the checkpoint
+        model, tokenizer = embedded_model(config.seed, steps)
         return model.to(device), tokenizer
-    if re.match("(?i)qwen[^/]*$", source) and not Path(source).exists():
+    source = config.model
+    if re.fullmatch("(?i)qwen[^/]*", source) and not Path(source).exists():
         source = f"Qwen/{source}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
-                                                     use_safetensors=True)
+        if find_adapter_config_file(source):
+            raise ValueError("it is a LoRA adapter: merge it into its base model first")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_weights refuses them, in words
+        )
         model.eval().to(device)  # no dropout: pi at the update is the pi that sampled
-        rows = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and a copy
-        shared, _ = response_logprobs(model, rows, [[4], [5, 4], [5, 4]])  # [3, 2]
-        logits = model(torch.tensor([[3, 1, 5, 4]], device=device)).logits[0]  # [4, V]
-        plain = logits.float().log_softmax(1)[[1, 2], [5, 4]]  # [2]: of 5 and 4, after 3 and 1
-        if not torch.allclose(shared[2], plain, atol=1e-3):
-            raise ValueError("log-probs through a shared KV cache are not those of a plain pass")
-        prompt_ids(tokenizer, "", config.template)  # a chat template may refuse
+        check_weights(report)
+        check_architecture(model)
+        check_tokenizer(model, tokenizer, config.template)
+        probe_logprobs(model)
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
-        raise UserError(f"cannot use --model {source}: {error or repr(error)}") from None
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+        cause = str(error) or repr(error)
+        raise UserError(f"cannot use --model {source}: {cause}") from None
+    ends = response_ends(model, tokenizer)
+    model.generation_config = GenerationConfig(eos_token_id=ends or None)
     return model, tokenizer
 
-def embedded_model(seed, steps=400, batch=64, slips=0.2):
-    """A character-level Qwen2 of 75k parameters that stands in for a pretrained model: supervised
-    for seconds on worked digit sums in which one step in five slips, so that it knows how, yet is
-    often wrong. In half of the documents an attempt stands ahead of the problem, as in [s, q]."""
-    import tokenizers
-    words = [*"0123456789=", "\\boxed{", "}", "<eos>", "<unk>"]
-    unigram = tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=14)
+def response_ends(model, tokenizer):
+    """All ids that end a response, sorted: the model's own, the tokenizer's EOS and the end of a
+    turn. A Qwen2.5 base model has EOS <|endoftext|>, and a template that writes <|im_end|>."""
+    own = model.generation_config.eos_token_id  # an id, a list of them, or None
+    ends = set(own) if isinstance(own, list) else {own}
+    ends.add(tokenizer.eos_token_id)
+    ends.add(end_of_turn(tokenizer))
+    ends.discard(None)
+    return sorted(ends)
+
+def check_weights(report):
+    """Raises ValueError if not every weight came from the files: transformers fills the others
+    with random numbers. report: its loading info; a head tied to the embedding is not missing."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"its files lack {len(missing)} of its weights, the first is {missing[0]} (a reward "
+            "model, or an incomplete copy?)"
+        )
+    misshapen = sorted(report["mismatched_keys"])
+    if misshapen:
+        name, found, wanted = misshapen[0]
+        raise ValueError(
+            f"the shape of {name} is {list(found)} in its files, its config.json wants "
+            f"{list(wanted)}"
+        )
+
+def check_architecture(model):
+    """Raises ValueError for what sampling and log-probs cannot do: they share, cut and select the
+    keys and values of attention, and take the logits from the head as they are."""
+    cache = DynamicCache(config=model.config)
+    recurrent = any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+    if recurrent or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            "it has recurrent states (as Mamba and linear attention), which cannot be shared "
+            "and cut as the keys and values of attention are"
+        )
+    settings = model.config.get_text_config(decoder=True)
+    neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+    for name, harmless in neutral.items():
+        value = getattr(settings, name, None)
+        if value is not None and value != harmless:
+            raise ValueError(
+                f"its logits are scaled or capped after the head ({name} is {value} in its "
+                "config.json), the log-probs would be those without it"
+            )
+
+def check_tokenizer(model, tokenizer, template):
+    """Raises ValueError if a prompt cannot be made: the chat template may refuse, and where a
+    tokenizer's files are missing some classes start empty, without a word."""
+    ids = prompt_ids(tokenizer, "1 + 1", template)
+    if not ids:
+        raise ValueError("its tokenizer makes no tokens of a text: its files are missing")
+    check_ids(model, ids)
+
+def check_ids(model, ids):
+    """Raises ValueError if a prompt has an id beyond the embedding: on a GPU that is a crash."""
+    known = len(model.get_input_embeddings().weight)
+    largest = max(ids, default=0)
+    if largest >= known:
+        raise ValueError(
+            f"its tokenizer or chat template gives the id {largest}, and its embedding ends at "
+            f"{known - 1}: they do not belong together"
+        )
+
+@torch.no_grad()
+def probe_logprobs(model):
+    """Raises ValueError if log-probs through a shared and padded cache are not those of a plain
+    forward pass. Whatever nobody thought of in an architecture shows here."""
+    prompts = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and shares its cache
+    responses = [[4], [5, 4], [5, 4]]
+    try:
+        shared, _ = response_logprobs(model, prompts, responses)  # [3, 2]
+    except Exception as error:
+        raise ValueError(
+            f"it does not run on a shared cache of keys and values (recurrent states?): {error}"
+        ) from None
+    ids = torch.tensor([[3, 1, 5, 4]], device=model.device)
+    logits = model(ids).logits[0].float()  # [4, V]
+    table = logits.log_softmax(-1)
+    plain = table[[1, 2], [5, 4]]  # [2], of 5 after 3 1, of 4 after 3 1 5
+    if not plain.isfinite().all():
+        raise ValueError("its log-probs are not finite: the weights are broken")
+    if not torch.allclose(shared[2], plain, atol=1e-3):
+        gap = (shared[2] - plain).abs().max()
+        raise ValueError(
+            f"log-probs through a shared KV cache are {gap:.3g} nats off a plain pass: it is not "
+            "causal, or changes its logits after the head"
+        )
+
+def context_length(model):
+    """The longest sequence, in tokens, in which each position is computed the same way. longrope
+    (Phi-3.5, Phi-4-mini) changes the frequencies of ALL positions when the longest row of a batch
+    passes its original length: sampling and update, batched differently, would disagree."""
+    settings = model.config.get_text_config(decoder=True)
+    context = getattr(settings, "max_position_embeddings", None) or math.inf
+    rope = getattr(settings, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    for part in [rope, *by_layer_type]:
+        if part.get("rope_type") == "longrope":
+            context = min(context, part["original_max_position_embeddings"])
+    return context
+
+def room_for_prompts(model, config):
+    """How many tokens a prompt may have, so that [s, q] and a response fit into the context. The
+    same for every algorithm, so that all of them train on the same problems."""
+    longest = max(config.init_length, config.max_new_tokens)  # L_q never passes both
+    segment = min(config.max_new_tokens, math.ceil(config.split_high * longest))
+    context = context_length(model)
+    room = context - segment - config.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"the model's context of {context} tokens is too short for a segment of {segment}, a "
+            f"prompt and a response of {config.max_new_tokens} tokens: lower --max_new_tokens"
+        )
+    return min(room, config.max_prompt_tokens)
+
+def evaluation_sources(config):
+    """The files of --eval_data, a list of names; commas may have spaces around them."""
+    names = [name.strip() for name in config.eval_data.split(",")]
+    return [name for name in names if name]
+
+def fitting_problems(name, problems, needed, model, tokenizer, config):
+    """Gives Problems the ids of their prompts -> those whose prompt fits, at least `needed`. What
+    is dropped is said aloud."""
+    room = room_for_prompts(model, config)
+    for problem in problems:
+        problem.ids = prompt_ids(tokenizer, problem.question, config.template)
+        try:
+            check_ids(model, problem.ids)
+        except ValueError as error:
+            raise UserError(f"cannot use --model {config.model}: {error}") from None
+    fitting = [problem for problem in problems if 0 < len(problem.ids) <= room]
+    say(f"{name}: {len(fitting)} of {len(problems)} problems have prompts of 1 to {room} tokens")
+    if len(fitting) >= needed:
+        return fitting
+    if len(problems) < needed:
+        advice = "lower --prompts_per_step"
+    elif room == config.max_prompt_tokens:
+        advice = "raise --max_prompt_tokens"
+    else:
+        advice = "lower --max_new_tokens, which leaves more of the context to prompts"
+    raise UserError(f"{name}: {len(fitting)} problems are too few, {needed} are needed: {advice}")
+
+def load_data(config, model, tokenizer, needs_answer=True):
+    """The Problems to train on, and {name: Problems} to evaluate on, with their prompts' ids.
+    Without --eval_data an eighth, at most 256, is held out, the same ones whatever the seed."""
+    builtin = "sums" if config.model == "embedded" else "arithmetic"
+    train = load_problems(config.data or builtin, needs_answer)
+    tests = {}
+    for source in evaluation_sources(config):
+        tests[source] = load_problems(source, needs_answer)
+    if not tests:
+        np.random.default_rng(0).shuffle(train)
+        count = min(256, max(1, len(train) // 8))
+        tests["held-out"] = train[:count]
+        train = train[count:]
+    needed = config.prompts_per_step if config.steps else 0
+    train = fitting_problems("--data", train, needed, model, tokenizer, config)
+    most = config.eval_problems or None  # 0: all
+    for name, problems in tests.items():
+        tests[name] = fitting_problems(name, problems[:most], 1, model, tokenizer, config)
+    return train, tests
+
+def character_model(alphabet, seed):
+    """A random Qwen2 of 75k parameters and a tokenizer, for experiments of seconds. alphabet: V - 2
+    tokens, mostly characters, whose ids are their places; <eos> follows them, then <unk>. The
+    chat template writes a question's first line and "=", which should be in the alphabet."""
+    words = [*alphabet, "<eos>", "<unk>"]
+    eos = words.index("<eos>")
+    pieces = [(word, -1.0) for word in words]
+    unigram = tokenizers.models.Unigram(pieces, unk_id=words.index("<unk>"))
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(unigram), eos_token="<eos>", unk_token="<unk>")
-    tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.chat_template = "{{ messages[0]['content'].split('\\n')[0] }}="  # the digits and "="
+        tokenizer_object=tokenizers.Tokenizer(unigram), eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Fuse()  # no spaces between tokens
+    tokenizer.chat_template = "{{ messages[0]['content'].split('\\n')[0] }}="
+    settings = transformers.Qwen2Config(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        initializer_range=0.1,  # with 0.02 it starts to learn ten times later
+    )
     torch.manual_seed(seed)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=15, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=13,
-        pad_token_id=13, initializer_range=0.1))  # with 0.02 it starts ten times later
-    rng = np.random.default_rng([seed, 0])
-    optimizer = torch.optim.AdamW(model.parameters())
-    equals, box, close, eos = np.arange(10, 14).repeat(batch).reshape(4, batch, 1)
-    for step in tqdm(range(steps), "warm-up of the embedded model", **BAR):
-        digits = rng.integers(10, size=(batch, 6))
-        slip = rng.integers(1, 10, (batch, 6)) * (rng.random((batch, 6)) < slips)
-        work = (digits + slip).cumsum(1) % 10  # [batch, 6]: running sums, a slip carried on
-        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the same with another row's slips
-        cut = rng.integers(1, 7, (batch, 1)) * (rng.random((batch, 1)) < 0.5)  # 0: nothing ahead
-        attempt[np.arange(6) >= cut] = -1
-        text = [attempt, digits, equals, work, box, work[:, -1:], close, eos]
-        ids = torch.tensor(np.hstack(text))  # [batch, 23]
-        hidden = forward(model, ids, DynamicCache(config=model.config))
-        logits = model.lm_head(hidden[:, 12:-1])  # [batch, 10, V], of what follows "="
-        torch.nn.functional.cross_entropy(logits.mT, ids[:, 13:]).backward()
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
-        optimizer.step()
-        optimizer.zero_grad()
+    model = transformers.Qwen2ForCausalLM(settings)
     return model.eval(), tokenizer
 
+def warm_up(model, documents, start, steps):
+    """Supervised training in place, which stands in for pretraining. documents: an iterator of
+    batches of ids [N, T], -1 where there is no token; learned is what stands from column `start`
+    on, where -1 comes only at the end."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in tqdm(range(steps), "warm-up of the model", **BAR):
+        ids = torch.tensor(next(documents))  # [N, T]
+        targets = ids[:, start:]  # [N, T - start]
+        cache = DynamicCache(config=model.config)
+        seen = ids >= 0
+        hidden = forward(model, ids.clamp(min=0), seen, cache)  # [N, T, D]
+        logits = model.lm_head(hidden[:, start - 1:-1])  # [N, T - start, V]
+        loss = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=-1)
+        loss.backward()
+        rise = (step + 1) / 20
+        fall = 2 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, rise, fall)
+        optimizer.step()
+        optimizer.zero_grad()
 
-# ---- 11. Several processes (torchrun); one process is a group of one -----------------------------
+SUM_ALPHABET = [*"0123456789=", "\\boxed{", "}"]  # a digit is its own id
+
+def worked_sums(seed, batch, slips):
+    """Endless batches of documents, ids [batch, 23]: six digits, "=", their running sums modulo 10,
+    the last one boxed, <eos>. A step slips with probability `slips`, and the slip is carried on.
+    In half of the documents a piece of another attempt stands ahead, as the segment in [s, q]."""
+    rng = np.random.default_rng([seed, 0])
+    column = np.ones((batch, 1), int)
+    equals = SUM_ALPHABET.index("=") * column
+    box = SUM_ALPHABET.index("\\boxed{") * column
+    close = SUM_ALPHABET.index("}") * column
+    eos = len(SUM_ALPHABET) * column
+    while True:
+        digits = rng.integers(10, size=(batch, 6))
+        error = rng.integers(1, 10, (batch, 6))
+        slips_now = rng.random((batch, 6)) < slips
+        slip = error * slips_now
+        work = (digits + slip).cumsum(1) % 10  # [batch, 6]
+        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the same with another row's slips
+        length = rng.integers(1, 7, (batch, 1))
+        ahead = rng.random((batch, 1)) < 0.5
+        attempt[np.arange(6) >= length * ahead] = -1
+        yield np.hstack([attempt, digits, equals, work, box, work[:, -1:], close, eos])
+
+def embedded_model(seed, steps=400, batch=64, slips=0.2):
+    """A character-level Qwen2 that stands in for a pretrained model: it was shown worked digit sums
+    in which one step in five slips, so that it knows how, yet is often wrong -> model, tokenizer.
+    """
+    model, tokenizer = character_model(SUM_ALPHABET, seed)
+    documents = worked_sums(seed, batch, slips)
+    warm_up(model, documents, start=13, steps=steps)  # what follows "="
+    return model, tokenizer
+
+
+# ---- 12. Several processes (torchrun); one process is a group of one -----------------------------
 def join_processes():
     """torchrun's processes, one a GPU, or several on the CPU; without torchrun a group of this one
-    alone, so that nothing below asks how many there are. The first one prints. Joins once."""
+    alone, so that nothing else asks how many there are. Joins once."""
     if dist.is_initialized():
         return
-    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(**alone)  # gloo for the CPU, nccl for GPUs
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group()  # gloo for the CPU, nccl for GPUs
+    else:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+
+def rank_and_world():
+    """Which process this is, and how many there are."""
+    join_processes()
+    return dist.get_rank(), dist.get_world_size()
+
+def is_first_process():
+    """Whether this one prints and writes files."""
+    rank, _ = rank_and_world()
+    return rank == 0
+
+def my_share(items):
+    """This process's share of a list."""
+    rank, world = rank_and_world()
+    return items[rank::world]
+
+def gather_shares(mine):
+    """The inverse of `my_share`: the items of all processes, in the order they had."""
+    _, world = rank_and_world()
+    shares = [None] * world
+    dist.all_gather_object(shares, mine)
+    total = sum(len(share) for share in shares)
+    return [shares[i % world][i // world] for i in range(total)]
+
+def wait_for_all():
+    """Returns when every process has come here."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
+    dist.barrier(device_ids=devices)  # NCCL guesses one otherwise
+
+def seed_generators(seed, step):
+    """Seeds torch, otherwise in each process, and NumPy's generator, alike in all; by seed and step
+    alone, so that a checkpoint holds no generator. -> NumPy's generator."""
+    rank, _ = rank_and_world()
+    rng = np.random.default_rng([seed, step])
+    torch.manual_seed(int(rng.integers(2**62)) + rank)
+    return rng
+
+def distributed_generate(model, tokenizer, prompts, n, limits, config):
+    """`generate`, the prompts dealt out to the processes. prompts: P lists of ids; limits: tokens,
+    an int or one per prompt. -> [P][n] Samples, in every process."""
+    unshard(model)
+    limits = np.broadcast_to(limits, len(prompts))
+    samples = generate(
+        model, tokenizer, my_share(prompts), n, my_share(limits).tolist(), config.temperature)
+    return gather_shares(samples)
 
 def shard(model, config):
     """FSDP2: float32 master weights, gradients and moments, of which each process holds its part;
-    compute and KV cache in --dtype. The weights that compute stay whole between optimiser steps: no
-    process waits for another while it samples. One CPU process in float32 goes without."""
+    compute and KV cache in --dtype. One process on a CPU in float32 goes without.
+
+    FSDP gathers the weights that compute before a module's forward pass and frees them behind it.
+    Here they stay whole between two steps of the optimiser, so that no process waits for another
+    while it samples: `unshard` makes them, `reshard` frees them once the masters have moved. Both
+    are called by hand, for FSDP's own hooks know the whole model's forward pass, and this file
+    calls its decoder and its head by themselves. (The hooks still run, 2 to 3 ms per decoder call
+    while sampling; there is no public switch.)"""
     cuda = model.device.type == "cuda"
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
-    if not (cuda or bf16 or dist.get_world_size() > 1):
+    if not cuda and not bf16 and dist.get_world_size() == 1:
         return
     # cuDNN attention: NaN gradients on H100/H200, masked and 64 modulo 128 long (pytorch 196678)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else torch.float32, torch.float32)
-    blocks = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]
-    for module in blocks + [model]:
+    compute = torch.bfloat16 if bf16 else torch.float32
+    policy = MixedPrecisionPolicy(compute, torch.float32)
+    block_names = model._no_split_modules or []
+    blocks = [module for module in model.modules() if type(module).__name__ in block_names]
+    for module in [*blocks, model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
         module.set_gradient_divide_factor(1)  # a sum: a weight is a row's part in the whole batch
         module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.tensor([[0]], device=model.device))  # makes model the root
-    each_shard(model, "reshard")  # an optimiser wants the masters
+    reshard(model)  # an optimiser wants the masters
 
-def each_shard(model, do):
-    """reshard: frees the weights that compute; unshard: makes them of the masters, if not there."""
+def unshard(model):
+    """Makes the weights that compute of the masters, where they are not there yet."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            getattr(module, do)()
+            module.unshard()
+
+def reshard(model):
+    """Frees the weights that compute."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
-# ---- 12. The run: log, checkpoint, loop, command line --------------------------------------------
-def begin(model, tokenizer, config, step):
-    """(rng, rollout, log). rng is NumPy's, the same in all processes; torch's is another in each.
-    Both are seeded by seed and step alone: a checkpoint holds no state of theirs. rollout(prompts,
-    n, limits) -> [P][n] Samples is `generate`, the prompts dealt out to the processes."""
-    join_processes()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rng = np.random.default_rng([config.seed, step])
-    torch.manual_seed(int(rng.integers(2**62)) + rank)
-    each_shard(model, "unshard")
-    log = dict(step=step, start=time.perf_counter(), tokens=0)
-
-    def rollout(prompts, n, limits=config.max_new_tokens):
-        limits = np.broadcast_to(limits, len(prompts))[rank::world]
-        mine = generate(model, tokenizer, prompts[rank::world], n, limits, config.temperature)
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
-        groups = [parts[i % world][i // world] for i in range(len(prompts))]
-        log["tokens"] += sum(len(s.tokens) for s in sum(groups, []))
-        return groups
-    return rng, rollout, log
-
-def load_data(config, model, tokenizer):
-    """Problems to train on, and {name: problems} to evaluate on, with their prompts' ids. Without
-    --eval_data an eighth, at most 256, is held out, the same ones whatever the seed."""
+# ---- 13. The run: loop, screen, files, checkpoints, command line ---------------------------------
+def train(config, reward=math_reward):
+    """Evaluates, trains config.steps steps, evaluates again. reward: see `collect`; with one of
+    your own a problem needs no answer. -> the run's folder, a Path."""
     c = config
-    train = load_problems(c.data or ("sums" if c.model == "embedded" else "arithmetic"))
-    most = c.eval_problems or None
-    tests = {name: load_problems(name)[:most] for name in c.eval_data.split(",") if name}
-    if not tests:
-        np.random.default_rng(0).shuffle(train)
-        held = min(256, len(train) // 8 or 1)
-        tests = {"held-out": train[:held][:most]}
-        train = train[held:]
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    segment = math.ceil(c.split_high * max(c.init_length, c.max_new_tokens))  # of the longest L_q
-    room = context - c.max_new_tokens - min(c.max_new_tokens, segment)
-    room = min(room, c.max_prompt_tokens)
-    for name, problems in {"--data": train, **tests}.items():
-        for p in problems:
-            p.ids = prompt_ids(tokenizer, p.question, c.template)
-        fit = [p for p in problems if 0 < len(p.ids) <= room]
-        print(f"{name}: {len(fit)} of {len(problems)} problems have prompts of 1 to {room} tokens")
-        problems[:] = fit
-        if len(fit) < (c.prompts_per_step if problems is train and c.steps else 1):
-            raise UserError(f"{name}: {len(fit)} problems are too few: lower --prompts_per_step, "
-                            "or --max_new_tokens for more context, or raise --max_prompt_tokens")
-    return train, tests
+    check_config(c)
+    check_run_folder(c, reward)
+    join_processes()
+    model, tokenizer = load_model(c)
+    problems, tests = load_data(c, model, tokenizer, needs_answer=reward is math_reward)
+    shard(model, c)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    state = initial_state(len(problems), c)
+    if c.resume:
+        load_checkpoint(Path(c.out), model, optimizer, state, problems)
+    out = open_run_folder(c, reward)
+    introduce(out, model, state, c)
+
+    first_accuracy = {}  # of each evaluation set, when this process evaluated it first
+    first_step = state.step + 1 if c.resume else 0  # step 0 only evaluates
+    for step in range(first_step, c.steps + 1):
+        state.step = step
+        last = step == c.steps
+        shown = None  # a rollout for the screen
+        if step > 0:
+            start = time.perf_counter()
+            collect_rows = collect_grpo if c.algo == "grpo" else collect
+            rows, rollouts, metrics = collect_rows(model, tokenizer, problems, state, c, reward)
+            collected = time.perf_counter()
+            metrics["lr"] = set_learning_rate(optimizer, step, c)
+            metrics |= learn(model, optimizer, rows, c)
+            learned = time.perf_counter()
+            metrics["rollout_seconds"] = collected - start
+            metrics["update_seconds"] = learned - collected
+            metrics["seconds"] = learned - start
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            shown = telling_rollout(rollouts)
+            log_step(out, step, metrics, shown, c)
+        evaluating = not c.steps or (c.eval_every and (last or step % c.eval_every == 0))
+        if evaluating:
+            for name, test in tests.items():
+                answers = answer_problems(model, tokenizer, test, c, reward)
+                log_evaluation(out, step, name, answers, first_accuracy, c)
+                shown = shown or telling_rollout(answers)
+        if evaluating or step == 1:
+            show_rollout(shown, c)
+        if step > 0 and (last or (c.save_every and step % c.save_every == 0)):
+            save_checkpoint(out, model, tokenizer, optimizer, state)
+    conclude(out, c)
+    return out
+
+def set_learning_rate(optimizer, step, config):
+    """Linear warm-up, then constant (Appendix C). paper silent: it counts training steps.
+    -> the learning rate."""
+    lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = config.weight_decay
+    return lr
+
+def log_step(out, step, metrics, shown, config):
+    """A training step's line in metrics.jsonl, in rollouts.jsonl and on the screen."""
+    append_line(out / "metrics.jsonl", dict(step=step, **metrics))
+    append_line(out / "rollouts.jsonl", dict(step=step, **shown))
+    names = ["reward", "truncated", "response_tokens", "zero_advantage", "seconds"]
+    minutes = metrics["seconds"] * (config.steps - step) / 60
+    say(f"step {step:4d}  {screen_figures(metrics, names)}  {minutes:.0f} min to go")
+    warn_of_truncation(metrics, config)
+
+def log_evaluation(out, step, name, rollouts, first_accuracy, config):
+    """An evaluation's line in metrics.jsonl and on the screen. first_accuracy: {name: accuracy},
+    filled in at the first evaluation of each set."""
+    metrics = evaluation_metrics(rollouts)
+    append_line(out / "metrics.jsonl", dict(step=step, data=name, **metrics))
+    figures = screen_figures(metrics, ["accuracy", "pass_at_k", "truncated"])
+    say(f"step {step:4d}  {figures}  on {name}")
+    warn_of_truncation(metrics, config)
+    first = first_accuracy.setdefault(name, metrics["accuracy"])
+    if metrics["accuracy"] < first:
+        say("           lower than at first: try --w_up 0.1 or 0, or a lower --lr")
+
+def append_line(path, record):
+    """Adds a record to a JSON-lines file; the first process does."""
+    if is_first_process():
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+# -- the screen
+def say(text):
+    """Prints a line; the first process does. What the terminal's encoding lacks is escaped."""
+    if is_first_process():
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+def screen_figures(metrics, names):
+    """"reward -0.438  truncated 0.000": some metrics for the screen."""
+    return "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
+
+def warn_of_truncation(metrics, config):
+    """Says what helps where nearly no response comes to its end."""
+    if metrics["truncated"] >= 0.9:
+        say(f"           {metrics['truncated']:.0%} of the responses were cut at --max_new_tokens "
+            f"{config.max_new_tokens}, mostly before an answer: raise it")
+
+def telling_rollout(rollouts):
+    """The first rollout with right and wrong responses, else the first."""
+    for rollout in rollouts:
+        rewards = [response["reward"] for response in rollout["responses"]]
+        if min(rewards) <= 0 < max(rewards):
+            return rollout
+    return rollouts[0]
+
+def show_rollout(rollout, config):
+    """Prints what the model read and wrote: [s, q], the segment marked, then the first right and
+    the first wrong response. Before any step, and with GRPO, there is no segment."""
+    prompt = f"prompt {printable(rollout['prompt'])}"
+    if rollout["segment"] is not None:
+        text = printable(rollout["segment"])
+        figures = f"(R_I {rollout['value']:+.2f}, A {rollout['advantage']:+.2f})"
+        segment = paint(f"segment {text} {figures}", "cyan")
+        if config.ablation == "no_skip":
+            prompt = f"{prompt} | {segment}"
+        else:
+            prompt = f"{segment} | {prompt}"
+    say(f"           {prompt}")
+    right = [r for r in rollout["responses"] if r["reward"] > 0]
+    wrong = [r for r in rollout["responses"] if r["reward"] <= 0]
+    for response, color in zip(right[:1] + wrong[:1], ["green"] * len(right[:1]) + ["red"]):
+        end = ", cut at --max_new_tokens" if response["truncated"] else ""
+        figures = f"reward {response['reward']:+g} (A {response['advantage']:+.2f}){end}"
+        say(f"           -> {paint(printable(response['text']), color)} {figures}")
+
+def printable(text, most=300):
+    """A model's text in quotes, for a terminal: one line; control characters, which could move the
+    cursor or worse, as escapes; the middle left out of a long one."""
+    if len(text) > most:
+        text = text[:most // 2] + " ... " + text[-most // 2:]
+    shown = ""
+    for character in text:
+        if character.isprintable():
+            shown += character
+        else:
+            shown += character.encode("unicode_escape").decode()
+    return f"'{shown}'"
+
+def paint(text, color):
+    """The text in a colour, on a terminal."""
+    codes = dict(cyan=36, green=32, red=31)
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\x1b[{codes[color]}m{text}\x1b[0m"
+    return text
+
+def introduce(out, model, state, config):
+    """The lines on the screen before the run."""
+    c = config
+    parameters = model.num_parameters() / 1e6
+    say(f"{c.model}: {parameters:.2f}M parameters, {dist.get_world_size()} x {model.device}")
+    if not c.steps:
+        say(f"{out}: evaluation alone")
+    elif state.step >= c.steps:
+        say(f"{out}: all of its {c.steps} steps are done; a higher --steps goes on")
+    else:
+        method = c.algo if c.ablation == "none" else f"{c.algo}, ablation {c.ablation}"
+        say(f"{out}: {method}, steps {state.step + 1} to {c.steps}, each of {c.prompts_per_step} "
+            f"prompts x {c.group_size} responses of up to {c.max_new_tokens} tokens")
+
+def conclude(out, config):
+    """The last lines on the screen: where everything is, and what to type next."""
+    if not config.steps:
+        say(f"the figures are in {out / 'metrics.jsonl'}")
+        return
+    on = ""  # without --eval_data it is what was held out of --data
+    if config.eval_data:
+        on = f' --eval_data "{config.eval_data}"'
+    elif config.data or config.model == "embedded":
+        on = f" --data {config.data or 'sums'}"
+    say(f"the model is in {out / 'model'}, beside it are metrics.jsonl and rollouts.jsonl")
+    say(f"to evaluate it:    python skpo.py --steps 0 --model {out / 'model'}{on}")
+    say(f"to go on with it:  python skpo.py --resume --out {out} --steps {2 * config.steps}")
+
+# -- the run's folder, checkpoints
+def check_run_folder(config, reward):
+    """Raises UserError, before minutes go by for the model, where --out cannot serve.
+
+    A run that was stopped before its first checkpoint may be started again in its folder."""
+    if not config.out:
+        return
+    out = Path(config.out)
+    parent = out
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out}: cannot write to {parent}")
+    saved = read_run_config(out)
+    has_checkpoint = (out / "checkpoint.pt").is_file()
+    if config.resume:
+        if saved is None or not has_checkpoint:
+            raise UserError(f"--resume: there is no checkpoint in {out}; without --resume the run "
+                            "starts again")
+        if saved["reward"] != reward_name(reward):
+            raise UserError(f"--resume: this run's reward is {saved['reward']}, not "
+                            f"{reward_name(reward)}")
+        return
+    names = {path.name for path in out.glob("*")}
+    expected = {"config.json", "metrics.jsonl", "rollouts.jsonl", "model"}
+    expected |= {"config.tmp", "checkpoint.tmp"}
+    unfinished = saved is not None and not has_checkpoint and names <= expected
+    if names and not unfinished:
+        raise UserError(f"--out {out} is not empty: --resume goes on with the run in it, or choose "
+                        "another folder")
+
+def read_run_config(out):
+    """What config.json in a run's folder holds, a dict; None if there is none of ours."""
+    try:
+        saved = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if isinstance(saved, dict) and {"algo", "ablation", "reward"} <= saved.keys():
+        return saved
+    return None
+
+def open_run_folder(config, reward):
+    """Makes the run's folder and its config.json, which takes its name by a rename. -> Path, the
+    same in all processes."""
+    names = [config.out]
+    if is_first_process():
+        if not config.out:
+            now = time.strftime("%Y%m%d-%H%M%S")
+            names = [new_folder(f"runs/{now}-{config.algo}-{config.seed}")]
+        out = Path(names[0])
+        out.mkdir(parents=True, exist_ok=True)
+        saved = dict(vars(config), reward=reward_name(reward))
+        (out / "config.tmp").write_text(json.dumps(saved, indent=1))
+        os.replace(out / "config.tmp", out / "config.json")
+        if not config.resume:  # of a run that was stopped before its first checkpoint
+            (out / "metrics.jsonl").write_text("")
+            (out / "rollouts.jsonl").write_text("")
+    dist.broadcast_object_list(names)
+    return Path(names[0])
+
+def new_folder(name):
+    """Makes a folder that was not there: two runs may start in the same second. -> its name."""
+    number = 1
+    path = name
+    while True:
+        try:
+            os.makedirs(path)
+            return path
+        except FileExistsError:
+            number += 1
+            path = f"{name}-{number}"
+
+def reward_name(reward):
+    """What config.json calls a reward, a function or a callable object."""
+    return getattr(reward, "__name__", type(reward).__name__)
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save_checkpoint(out, model, tokenizer, optimizer, state):
-    """The model, and all that a run needs to go on in one file that takes its name by a rename: a
-    kill leaves the old one or the new. What the log holds beyond `size` is cut off on resume."""
+    """The model as a transformers folder, and all that a run needs to go on in checkpoint.pt, which
+    takes its name by a rename: a kill leaves the old one or the new. What the logs hold beyond
+    their sizes here is cut off on resume."""
     weights, moments = sharded.get_state_dict(model, optimizer, options=WHOLE)
-    if dist.get_rank():
+    if not is_first_process():
         return
-    V, L = state.values, state.lengths
-    trackers = torch.tensor(np.array([V.value, V.count, L.value, L.count]))  # [4, problems]
-    last = {i: vars(s) for i, s in state.last.items()}
-    size = (out / "metrics.jsonl").stat().st_size
+    kept = {index: vars(segment) for index, segment in state.kept.items()}
+    saved = dict(
+        step=state.step,
+        weights=weights,
+        optimizer=moments,
+        values=torch.tensor(state.values.value),
+        value_counts=torch.tensor(state.values.count),
+        lengths=torch.tensor(state.lengths.value),
+        length_counts=torch.tensor(state.lengths.count),
+        kept=kept,
+        metrics_size=(out / "metrics.jsonl").stat().st_size,
+        rollouts_size=(out / "rollouts.jsonl").stat().st_size,
+    )
+    unfinished = out / "checkpoint.tmp"
     try:
         tokenizer.save_pretrained(out / "model")
-        model.save_pretrained(out / "model", state_dict=dict(weights))  # which it empties
-        torch.save((weights, moments, trackers, last, state.step, size), out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # last: this counts as done
+        model.save_pretrained(out / "model", state_dict=dict(weights))  # it empties the dict
+        torch.save(saved, unfinished)
+        os.replace(unfinished, out / "checkpoint.pt")  # last: this counts as done
     except Exception as error:  # a full disk has many names
-        raise UserError(f"no checkpoint saved, an older one is untouched: {error}") from None
+        unfinished.unlink(missing_ok=True)
+        free = shutil.disk_usage(out).free / 1e9
+        raise UserError(f"no checkpoint saved, an older one is untouched; {free:.1f} GB are free "
+                        f"on the disk of {out}: {error}") from None
 
-def load_checkpoint(out, model, optimizer, state):
-    """Puts model, optimizer, state and the log back where save_checkpoint saw them."""
-    V, L = state.values, state.lengths
+def load_checkpoint(out, model, optimizer, state, problems):
+    """Puts model, optimizer, state and the logs back where `save_checkpoint` saw them."""
+    path = out / "checkpoint.pt"
     try:
-        saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-        weights, moments, trackers, last, state.step, size = saved
-        if trackers.shape[1] != len(V.value):
-            raise ValueError(f"it knows {trackers.shape[1]} problems, --data has {len(V.value)}")
-        V.value, V.count, L.value, L.count = trackers.numpy().copy()
-        state.last = {i: Sample(**s) for i, s in last.items()}
-        sharded.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
-                               options=WHOLE)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        size = len(saved["values"])
+        if size != len(state.values.value):
+            raise ValueError(f"it knows {size} problems, --data has {len(state.values.value)}")
+        state.step = saved["step"]
+        state.values.value[:] = saved["values"]
+        state.values.count[:] = saved["value_counts"]
+        state.lengths.value[:] = saved["lengths"]
+        state.lengths.count[:] = saved["length_counts"]
+        for index, segment in saved["kept"].items():
+            state.kept[index] = Sample(**segment)
+            if segment["prompt"] != problems[index].ids:
+                raise ValueError("--data or --template is not what it was")
+        sharded.set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=saved["weights"],
+            optim_state_dict=saved["optimizer"],
+            options=WHOLE,
+        )
     except Exception as error:  # whatever a file may hold
-        raise UserError(f"cannot resume from {out}: {error}") from None
-    os.truncate(out / "metrics.jsonl", size)
+        raise UserError(f"cannot resume from {path}: {error}") from None
+    if is_first_process():
+        os.truncate(out / "metrics.jsonl", saved["metrics_size"])
+        os.truncate(out / "rollouts.jsonl", saved["rollouts_size"])
 
-def train(config):
-    """Evaluates, trains config.steps steps, evaluates again. Returns the run's folder."""
-    c = config
-    check_config(c)
-    join_processes()
-    out = Path(c.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{c.algo}-{c.seed}")
-    model, tokenizer = load_model(c)
-    problems, tests = load_data(c, model, tokenizer)
-    shard(model, c)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # `learn` sets lr, decay
-    trackers = [Tracker(len(problems), x, c.rho_min, c.rho_max, c.tau) for x in (0, c.init_length)]
-    state = State(*trackers, {})
-    if c.resume:
-        load_checkpoint(out, model, optimizer, state)
-    if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.tmp").write_text(json.dumps(vars(c), indent=1))
-        os.replace(out / "config.tmp", out / "config.json")
-    print(f"{c.model}: {model.num_parameters() / 1e6:.2f}M parameters, {dist.get_world_size()} x "
-          f"{model.device}\n{out}: {c.algo}, ablation {c.ablation}, steps {state.step + 1} to "
-          f"{c.steps} of {c.prompts_per_step} prompts x {c.group_size} responses of up to "
-          f"{c.max_new_tokens} tokens")
-
-    def log(row, keys, note):
-        shown = "".join(f"  {key} {row[key]:.3f}" for key in keys)
-        tqdm.write(f"step {state.step:4d}{shown}  {note}")
-        if dist.get_rank() == 0:
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    first = {}  # accuracy of each evaluation set when this process evaluated it first
-    method = {"skpo": training_step, "grpo": grpo_step}[c.algo]
-    for state.step in range(state.step + c.resume, c.steps + 1):  # resumed: after the saved step
-        last = state.step == c.steps
-        if state.step:  # step 0 only evaluates
-            row = method(model, tokenizer, optimizer, problems, state, c, **ablation(c, state.step))
-            left = f"{row['seconds'] * (c.steps - state.step) / 60:.0f} min to go"
-            log(row, ("reward", "response_tokens", "zero_advantage", "seconds"), left)
-        if not c.steps or c.eval_every and (last or state.step % c.eval_every == 0):
-            for name, test in tests.items():
-                row = dict(step=state.step, data=name, **evaluate(model, tokenizer, test, c))
-                worse = row["accuracy"] < first.setdefault(name, row["accuracy"])
-                note = "  lower than at first: try --w_up 0, or a lower --lr" if worse else ""
-                log(row, ("accuracy", "pass_at_k", "majority"), f"on {name}{note}")
-        if state.step and (last or c.save_every and state.step % c.save_every == 0):
-            save_checkpoint(out, model, tokenizer, optimizer, state)
-    return out
-
-# What a Config must be. Of a rule that is broken the user is shown the text behind #, or itself.
-RULES = """lr > 0; tau > 0; init_length > 0; max_grad_norm > 0; explore_eps > 0; eval_samples > 0
-    max_new_tokens > 0; max_prompt_tokens > 0; prompts_per_step > 0; minibatches > 0
-    prompts_per_step % minibatches == 0; group_size >= 2; clip_low < 1; rho_min <= rho_max <= 1
-    0 < split_low <= split_high <= 1; temperature > 0 or steps == 0; micro_tokens > 0
-    algo == 'skpo' or ablation == 'none'; not resume or out and steps  # --resume needs --out, steps
-    not resume or Path(out, 'checkpoint.pt').is_file()  # --resume: there is no checkpoint in --out
-    resume or not out or not any(Path(out).glob('*'))  # --out is not empty: --resume, or another
-    model[:1] not in ('.', '/', '~') or Path(model).is_dir()  # --model: there is no such folder
-    model != 'embedded' or data == eval_data == ''  # --data and --eval_data need a --model"""
-
+# -- the command line
 def parse_config(argv):
-    """The command line as a Config. Defaults are the paper's, but the embedded model, a machine
-    without a GPU and a resumed run have their own. A comment in Config is its flag's help."""
-    for name, text in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
-        Config.__dataclass_fields__[name].metadata = {"help": text}
-    parser = transformers.HfArgumentParser(Config, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                           description=parse_config.__doc__)
+    """The command line as a Config. What no flag sets is the paper's, but the embedded model, a
+    machine without a GPU and a resumed run have defaults of their own."""
+    comments = re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config))
+    help_texts = dict(comments)
+    for field_of_config in fields(Config):
+        field_of_config.metadata = {"help": help_texts[field_of_config.name]}
+    parser = transformers.HfArgumentParser(
+        Config,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        description="Trains a language model to reason by SKPO, or evaluates it, and writes "
+        "figures, texts and the model into a folder. The defaults shown are the paper's; the "
+        "embedded model, and any other on a machine without a GPU, start from smaller numbers.",
+    )
     first = parser.parse_args(argv)
-    saved = Path(first.out, "config.json")
-    if first.resume and first.out and saved.is_file():
-        parser.set_defaults(**json.loads(saved.read_text()))
+    saved = read_run_config(Path(first.out)) if first.resume and first.out else None
+    if saved:
+        known = {name: value for name, value in saved.items() if name in help_texts}
+        parser.set_defaults(**known)
     elif first.model == "embedded":
         parser.set_defaults(**EMBEDDED)
     elif not torch.cuda.is_available():
         parser.set_defaults(**SMALL)
-        paper = " ".join(f"--{name} {getattr(Config, name)}" for name in SMALL)
-        print(f"no GPU: a small plan, for what no flag sets; the paper's: {paper}")
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    if config.model != "embedded" and not torch.cuda.is_available() and not saved:
+        explain_small_plan(config)
+    return config
+
+def explain_small_plan(config):
+    """Says what a run without a GPU starts from."""
+    c = config
+    say("No GPU was found: where no flag says otherwise, a small plan stands in for the paper's.")
+    if c.steps:
+        say(f"It is {c.steps} steps, each of {c.prompts_per_step} prompts x {c.group_size} "
+            f"responses of up to {c.max_new_tokens} tokens.")
+    say("--help shows every flag with the paper's value.")
+    if c.steps and c.algo == "skpo" and c.w_up > 0.1:
+        say(f"In small runs the upstream loss did harm at the paper's weight, --w_up {c.w_up}: 0.1 "
+            "or 0 is safer.")
 
 def check_config(config):
-    """Raises UserError for flags that make no sense. What is evaluated is RULES, never input."""
-    for name, value in vars(config).items():
+    """Raises UserError, which says what to do, for flags that make no sense."""
+    c = config
+    for name, value in vars(c).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: wanted is a number from 0 up")
-    for rule in re.split(r"\s*[;\n]\s*", RULES):
-        condition, _, words = rule.partition("  # ")
-        if not eval(condition, {"Path": Path}, vars(config)):
-            raise UserError(words or f"wrong flags: wanted is {condition}")
-    for path in [config.data, *config.eval_data.split(",")]:  # before minutes go by for the model
+    positive = [
+        "lr", "tau", "init_length", "max_grad_norm", "explore_eps", "eval_samples", "micro_tokens",
+        "max_new_tokens", "max_prompt_tokens", "prompts_per_step", "minibatches", "split_low",
+    ]
+    for name in positive:
+        if not getattr(c, name):
+            raise UserError(f"--{name} 0: wanted is more than 0")
+    if c.prompts_per_step % c.minibatches:
+        raise UserError(f"--prompts_per_step {c.prompts_per_step} must be a multiple of "
+                        f"--minibatches {c.minibatches}")
+    if c.group_size < 2:
+        raise UserError("--group_size: an advantage within a group needs 2 responses at least")
+    if c.clip_low >= 1:
+        raise UserError("--clip_low must be below 1")
+    if not c.rho_min <= c.rho_max <= 1:
+        raise UserError("wanted is --rho_min <= --rho_max <= 1")
+    if not c.split_low <= c.split_high <= 1:
+        raise UserError("wanted is --split_low <= --split_high <= 1")
+    if c.temperature == 0 and c.steps:
+        raise UserError("--temperature 0 is greedy: it can be evaluated (--steps 0), not trained")
+    if c.algo == "grpo" and c.ablation != "none":
+        raise UserError(f"--ablation {c.ablation} is one of SKPO, not of --algo grpo")
+    if c.resume and not (c.out and c.steps):
+        raise UserError("--resume needs the run's folder, --out, and --steps above 0")
+    if c.model.startswith((".", "/", "~")) and not Path(c.model).is_dir():
+        raise UserError(f"--model {c.model}: there is no such folder")
+    if c.model == "embedded" and (c.data or c.eval_data):
+        raise UserError("the embedded model reads digits alone: --data and --eval_data need a "
+                        "--model")
+    for path in [c.data, *evaluation_sources(c)]:
         if path not in ("", "sums", "arithmetic") and not Path(path).is_file():
             raise UserError(f"there is no file {path}")
 
-def main(argv=None):
+def main(argv=None, reward=math_reward):
     """Runs; a mistake of the user's ends in one line and an exit code that is not 0."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        train(parse_config(argv))
-        dist.barrier()  # none leaves while another still saves
+        config = parse_config(argv)
+        train(config, reward)
+        wait_for_all()  # none leaves while another still saves
         dist.destroy_process_group()
-    except (UserError, OSError, json.JSONDecodeError) as error:
-        sys.exit(" ".join(f"skpo.py: {error}".split())[:400])
+    except (UserError, OSError) as error:
+        message = " ".join(f"skpo.py: {error}".split())
+        sys.exit(message[:600])
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")
     except KeyboardInterrupt:
-        sys.exit("skpo.py: interrupted; --resume --out FOLDER goes on from the last checkpoint")
+        sys.exit("skpo.py: interrupted; with --resume --out FOLDER it goes on from its last "
+                 "checkpoint, if there is one")
 
 if __name__ == "__main__":
     main()
