@@ -20,15 +20,17 @@ What differs from GRPO:
 
 One rollout of the embedded task, which is to add six digits modulo 10:
 
-    q       54598183=                 the prompt
-    s       54                        sampled from q, paused after t_q = 2 tokens (eq. 2)
-    [s, q]  5454598183=               the skip-connected prompt
-    o_i     542314\boxed{4}           one of G = 8 responses from there: right, R_II = +1
-    R_I     -0.25                     three of the eight were right (eq. 3)
+    q       598183=          the prompt
+    s       54               sampled from q, paused after t_q = 2 tokens (eq. 2)
+    [s, q]  54598183=        the skip-connected prompt
+    o_i     542314\boxed{4}  one of G = 8 responses from there: right, R_II = +1
+    R_I     -0.25            the mean of R_II: three of the eight were right (eq. 3)
 
-Read `collect` first: steps 1 to 9 and 11 of Section 3, in order; `learn` is step 10. Where the
-paper leaves a choice open, `paper silent` stands at the line that makes it. The paper's single pass
-over one KV cache is two rollouts here, in each of which a prompt's keys and values are shared.
+Read `collect` first. Its comments number the steps of one training step; the numbers are ours.
+`learn` is step 10. Where the paper leaves a choice open, the line or the docstring that makes it
+says "paper silent". The paper's single pass over one KV cache is two rollouts here: s moves ahead
+of q, every position changes, and so the cache of the segments cannot be used again. Within each
+rollout the samples of a prompt share its cache.
 """
 import argparse
 import ast
@@ -48,7 +50,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # KV caches grow
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a KV cache grows
 import numpy as np
 import sympy
 import tokenizers
@@ -65,14 +67,17 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import find_adapter_config_file
 
-BAR = dict(leave=False, disable=os.environ.get("RANK", "0") != "0" or None)  # None: terminals only
+# What every progress bar has in common: only the first process shows it, and only on a terminal.
+OTHER_PROCESS = os.environ.get("RANK", "0") != "0"
+BAR = dict(leave=False, disable=OTHER_PROCESS or None)  # None: tqdm looks for a terminal itself
 
 
-# ---- 1. Config: Appendix C -----------------------------------------------------------------------
+# ---- 1. Config (Appendix C), and the records that the functions hand on -------------------------
+Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
+
 @dataclass
 class Config:
     """Every knob, with the paper's value where it has one. The comment beside it is its --help."""
-    Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection"]
     model: str = "embedded"  # transformers folder or hub name; "embedded": a tiny one, built here
     data: str = ""  # JSON lines to train on, or "sums", "arithmetic"; "": built-in problems
     eval_data: str = ""  # JSON lines to evaluate on, several with commas; "": held-out ones of data
@@ -92,7 +97,7 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     clip_low: float = 0.2  # ratios are clipped at 1 - this; upstream and with grpo at 1 + this too
     clip_high: float = 0.28  # downstream ratios are clipped at 1 + this (Clip-Higher)
-    w_up: float = 0.5  # weight of the upstream loss (eq. 4), skpo only
+    w_up: float = 0.5  # weight of the upstream loss (eq. 4), skpo only; small runs: 0 or 0.1
     w_down: float = 0.5  # weight of the downstream loss (eq. 4), skpo only
     split_low: float = 1 / 6  # t_q is drawn between split_low * L_q ...
     split_high: float = 1 / 2  # ... and split_high * L_q
@@ -105,13 +110,13 @@ class Config:
     micro_tokens: int = 4096 if torch.cuda.is_available() else 1024  # tokens in a training pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on a GPU
     seed: int = 0  # the same seed gives the same numbers on the same machine, if it is a CPU
-    eval_every: int = 50  # steps between evaluations, and before the first, after the last; 0: none
+    eval_every: int = 50  # steps between evaluations; one comes first and one last; 0: none
     eval_samples: int = 4  # k of avg@k and pass@k: samples of each evaluation problem
-    eval_problems: int = 0  # at most so many of each evaluation set; 0: all
+    eval_problems: int = 0  # how many of each evaluation set are used; 0: all
     save_every: int = 50  # steps between checkpoints, one after the last step too; 0: that alone
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
-# What the embedded model starts from, and any other one without a GPU: sizes, never the algorithm.
+# What the embedded model starts from, and any other without a GPU: smaller sizes, a larger lr.
 EMBEDDED = dict(
     steps=100,
     prompts_per_step=32,
@@ -133,8 +138,32 @@ SMALL = dict(
     save_every=10,
 )
 
+@dataclass
+class Problem:
+    """A question, its reference answer and, once it is tokenised, the ids of its prompt."""
+    question: str
+    answer: str
+    ids: list = None
+    row: dict = field(default_factory=dict)  # the further fields of its data line
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model drew after a prompt. It never changes."""
+    tokens: list  # ids, EOS included
+    logprobs: list  # nats, log pi_old of each token, as it was sampled
+    finished: bool  # the last token is an EOS
+    prompt: list  # ids of what it follows: q, or [s, q]
+
+@dataclass(frozen=True)
+class Row:
+    """A Sample's part in the loss (eq. 4), made in step 9."""
+    sample: Sample
+    advantage: float
+    weight: float  # of each of its tokens in the loss, w_up or w_down included
+    ppo_clip: bool  # trained by eq. 6, else by eq. 5
+
 class UserError(Exception):
-    """A mistake that its maker can mend: shown as one line, without a traceback."""
+    """A mistake of the user's: shown as one line that says what to do, without a traceback."""
 
 
 # ---- 2. Upstream (Section 3.1): split, cut, select; the skip connection --------------------------
@@ -148,20 +177,22 @@ def split_position(length, rng, low=1 / 6, high=1 / 2):
 def cut_segment(sample):
     """A segment that ended before its pause is cut to half of its length (Section 3.1).
 
-    paper silent: EOS is not counted; an EOS on the very token of the pause is an end."""
+    paper silent: EOS is not counted, but a segment of EOS alone stays as it is; an EOS on the very
+    token of the pause is an end."""
     if not sample.finished:
         return sample
     length = len(sample.tokens) - 1  # without EOS
     half = max(1, length // 2)
     return Sample(sample.tokens[:half], sample.logprobs[:half], False, sample.prompt)
 
-def select_segment(logprobs, target=np.median):
+def select_segment(logprobs, statistic=np.median):
     """Which segment is kept, the one of median surprise (Section 3.1):
     d(s) = mean_t -log pi(s_t | q, s_<t).
 
-    logprobs: G lists of nats. -> index of the d nearest to target(d), the first on a tie."""
+    logprobs: G lists of nats; statistic: np.median, or np.min and np.max for an ablation.
+    -> index of the d nearest to statistic(d). paper silent: the first one on a tie."""
     d = [-np.mean(segment) for segment in logprobs]  # [G], nats per token
-    gap = np.abs(d - target(d))
+    gap = np.abs(d - statistic(d))
     gap = gap.round(9)  # with an even G the two middle ones are equally near, but for rounding
     return int(gap.argmin())
 
@@ -189,7 +220,7 @@ class Tracker:
     x <- x + eta (observation - x), eta = 1 / (rho N + 1), N <- rho N + 1. It forgets faster the
     further the policy moved.
 
-    value: [size]; count: [size], N, 0 for a prompt not seen yet."""
+    value: [size], x; count: [size], N, which is 0 for a prompt not seen yet."""
 
     def __init__(self, size, initial, rho_min=0.875, rho_max=0.96, tau=8.0):
         self.value = np.full(size, float(initial))
@@ -199,15 +230,16 @@ class Tracker:
         self.tau = tau
 
     def update(self, indices, observations, divergences):
-        """indices: [B], distinct; observations: [B]; divergences: [B] or one, D since the prompt's
-        last visit, nats. With tau = 8 nats rho is rho_max at nearly every visit: a memory of some
-        25 observations."""
+        """Takes in one observation per prompt. indices: [B], distinct; observations: [B];
+        divergences: [B] or one number, D since the prompt's last visit, nats. With tau = 8 nats rho
+        is rho_max at nearly every visit: a memory of some 25 observations."""
         rho = 2.0 ** (-np.asarray(divergences) / self.tau)
         rho = rho.clip(self.rho_min, self.rho_max)
-        N = rho * self.count[indices] + 1
-        error = np.asarray(observations, float) - self.value[indices]
-        self.value[indices] += error / N  # the first observation replaces the initial value
-        self.count[indices] = N
+        N = self.count[indices]
+        x = self.value[indices]
+        eta = 1 / (rho * N + 1)  # 1 at the first visit, which replaces the initial value
+        self.value[indices] = x + eta * (np.asarray(observations, float) - x)
+        self.count[indices] = rho * N + 1
 
 def choose_prompts(values, n, rng, eps=0.05):
     """n distinct prompts, those of middling value most often (SPO eq. 11): weight
@@ -224,26 +256,27 @@ def choose_prompts(values, n, rng, eps=0.05):
 def group_advantages(rewards):
     """Downstream: A_i = (R_i - mean R) / std R within each group, 0 where all its R are equal.
 
-    [B, G] -> [B, G], float64. paper silent: the population's std, without an epsilon."""
+    [..., G] -> [..., G], float64. paper silent: the population's std, without an epsilon."""
     R = torch.as_tensor(rewards).double()
     mean = R.mean(-1, keepdim=True)
     std = R.std(-1, correction=0, keepdim=True)
     equal = std < 1e-9  # rounding leaves a little
     return torch.where(equal, 0.0, (R - mean) / std)
 
-def upstream_advantages(values, baselines):
+def upstream_advantages(mc_values, baselines):
     """Upstream: A = R_I - V(q), normalised over the batch (SPO).
 
-    values, baselines: [B] in [-1, 1]. -> [B], float64."""
-    A = torch.as_tensor(values).double() - torch.as_tensor(baselines)
+    mc_values: R_I, baselines: V(q), [B] each, in [-1, 1]. -> [B], float64."""
+    A = torch.as_tensor(mc_values).double() - torch.as_tensor(baselines)
     return group_advantages(A)  # the batch is the group
 
 def downstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.28):
     """-J_down (eq. 5): -sum w sg(clip(r, 1 - low, 1 + high)) A log pi(o_t | [s, q], o_<t). The
     clipped importance ratio r = pi / pi_old is a constant (sg): every token keeps a gradient.
 
-    logprobs, old_logprobs: [N, T], nats; advantages: [N]; weights: [N, T], 1 / (tokens of the
-    prompt's G responses * prompts), 0 where padded. -> scalar, the same however it is cut."""
+    logprobs, old_logprobs: [N, T], nats; advantages: [N]; weights: [N, T], those of `Row`:
+    w_down / (tokens of the prompt's G responses * prompts in the mini-batch), 0 where padded.
+    -> scalar. It is a sum, so that the losses of passes add up to that of their mini-batch."""
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs.detach() - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -254,8 +287,9 @@ def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, cli
     """-J_up (eq. 6): -sum w min(r A, clip(r, 1 - low, 1 + high) A), PPO's: a token clipped in its
     advantage's direction loses its gradient.
 
-    Shapes as in `downstream_loss`; weights: 1 / (tokens of the segment * prompts). paper silent: no
-    Clip-Higher here, for Appendix C names it downstream."""
+    Shapes as in `downstream_loss`; weights: w_up / (tokens of the segment * prompts in the
+    mini-batch). GRPO's responses are trained by it, too. paper silent: no Clip-Higher here, since
+    Appendix C names it downstream."""
     A = advantages[:, None]  # [N, 1]
     ratio = (logprobs - old_logprobs).exp()  # [N, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -263,31 +297,7 @@ def upstream_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, cli
     return -objective.sum()
 
 
-# ---- 5. Collect: Section 3, in its order ---------------------------------------------------------
-@dataclass
-class Problem:
-    """A question, its reference answer and, once it is tokenised, the ids of its prompt."""
-    question: str
-    answer: str
-    ids: list = None
-    row: dict = field(default_factory=dict)  # the further fields of its data line
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model drew after a prompt. It never changes."""
-    tokens: list  # ids, EOS included
-    logprobs: list  # nats, log pi_old of each token, as it was sampled
-    finished: bool  # the last token is an EOS
-    prompt: list  # ids of what it follows: q, or [s, q]
-
-@dataclass(frozen=True)
-class Row:
-    """A Sample's part in the loss (eq. 4), made once, in step 9."""
-    sample: Sample
-    advantage: float
-    weight: float  # of each of its tokens in the loss, w_up or w_down included
-    ppo_clip: bool  # trained by eq. 6, else by eq. 5
-
+# ---- 5. Collect: a training step up to its loss, in the order of Section 3 -----------------------
 @dataclass
 class State:
     """What a run carries from step to step, beside the weights and the optimiser."""
@@ -297,7 +307,7 @@ class State:
     step: int = 0
 
 def initial_state(size, config):
-    """The State before the first step, for so many problems."""
+    """The State before the first step. size: how many problems there are to train on."""
     c = config
     values = Tracker(size, 0.0, c.rho_min, c.rho_max, c.tau)
     lengths = Tracker(size, c.init_length, c.rho_min, c.rho_max, c.tau)
@@ -306,11 +316,13 @@ def initial_state(size, config):
 def collect(model, tokenizer, problems, state, config, reward):
     """Steps 1 to 9 and 11 on B prompts: no gradient, no optimiser.
 
-    problems: Problems with the ids of their prompts; state: its step seeds the draws; reward:
-    reward(response, problem) -> float in [-1, 1], such as `math_reward`.
+    problems: Problems with the ids of their prompts; state: its step seeds the draws, its trackers
+    and kept segments are brought up to date; reward: reward(response, problem) -> float in [-1, 1],
+    such as `math_reward`.
     -> rows: [B] lists of 1 + G Rows, the segment's first, for `learn`;
        rollouts: [B] dicts, what was sampled and how it was graded (`rollout_record`);
-       metrics: dict, for metrics.jsonl."""
+       metrics: dict, for metrics.jsonl (`response_metrics`); also mc_value, the mean R_I;
+       segment_tokens, the mean length of s; tokens, all that were sampled."""
     c = config
     odd = state.step % 2 == 1  # two ablations alternate
     rng = seed_generators(c.seed, state.step)
@@ -331,14 +343,14 @@ def collect(model, tokenizer, problems, state, config, reward):
     drawn = distributed_generate(model, tokenizer, prompts, c.group_size, t_q, c)  # [B][G] Samples
 
     # 3. Keep the segment of median surprise; the others are dropped.
-    target = np.median
+    statistic = np.median
     if c.ablation == "extreme_selection":  # Table 2: the likeliest, then the least likely
-        target = np.max if odd else np.min
+        statistic = np.max if odd else np.min
     segments = []  # [B] Samples
     uncut = []  # [B] Samples, the same as they were drawn
     for group in drawn:
         cut = [cut_segment(s) for s in group]
-        index = select_segment([s.logprobs for s in cut], target)
+        index = select_segment([s.logprobs for s in cut], statistic)
         segments.append(cut[index])
         uncut.append(group[index])
 
@@ -346,12 +358,12 @@ def collect(model, tokenizer, problems, state, config, reward):
     bos = tokenizer.bos_token_id
     x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [s, q]: [B] lists of ids
     limits = c.max_new_tokens
-    if c.ablation == "no_skip":  # Table 2: go on after [q, s]; s + o is the response
+    if c.ablation == "no_skip":  # Table 2: go on after [q, s]. paper silent: s + o has the limit
         x = [s.prompt + s.tokens for s in segments]
         limits = [max(1, c.max_new_tokens - len(s.tokens)) for s in segments]
 
     # 5. Downstream, phase II: G complete responses. paper silent: each gets the full limit after
-    # [s, q], and L_q is measured without s.
+    # [s, q], and its length is measured without s (but with it in no_skip).
     responses = distributed_generate(model, tokenizer, x, c.group_size, limits, c)  # [B][G] Samples
 
     # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
@@ -368,8 +380,8 @@ def collect(model, tokenizer, problems, state, config, reward):
     # 7. Downstream advantages.
     A_II = group_advantages(R_II)  # [B, G]
 
-    # 8. Upstream advantages. At a first visit V(q) is 0: the README's "First visits" shows what
-    # that does where nearly every visit is a first one.
+    # 8. Upstream advantages. At a first visit V(q) is 0. In small runs, where most visits are first
+    # ones, that pushes down what is solved: see "First visits" in the README.
     A_I = upstream_advantages(R_I, V)  # [B]
 
     # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
@@ -378,17 +390,19 @@ def collect(model, tokenizer, problems, state, config, reward):
     share = c.minibatches / c.prompts_per_step  # of a prompt in its mini-batch
     rows = []  # [B] lists of 1 + G Rows
     for s, group, A_s, A_group in zip(segments, responses, A_I.tolist(), A_II.tolist()):
-        weight = c.w_up * share / len(s.tokens)
-        group_rows = [Row(s, A_s, weight, ppo_clip=True)]  # eq. 6
-        weight = c.w_down * share / count_tokens([group])
+        weight_up = c.w_up * share / len(s.tokens)
+        weight_down = c.w_down * share / count_tokens([group])
+        group_rows = [Row(s, A_s, weight_up, ppo_clip=True)]  # eq. 6
         for o, A in zip(group, A_group):
-            group_rows.append(Row(o, A, weight, ppo_clip=False))  # eq. 5
+            group_rows.append(Row(o, A, weight_down, ppo_clip=False))  # eq. 5
         rows.append(group_rows)
 
-    # 11. Trackers. They read the rewards, and how far pi has moved since it last saw q; both are
-    # known before step 10 moves it again, so that no step of the optimiser stands in between.
-    before = [state.kept.get(i, s) for i, s in zip(chosen, segments)]  # first visit: s, no move
-    D = policy_drift(model, before, c)  # [B], nats
+    # 11. Trackers. They come before step 10: D compares with the policy that sampled this step,
+    # which step 10 moves, and nothing in step 10 reads them.
+    D = np.zeros(len(chosen))  # [B], nats; 0 at a first visit
+    seen = [b for b, i in enumerate(chosen) if i in state.kept]
+    if seen:
+        D[seen] = policy_drift(model, [state.kept[chosen[b]] for b in seen], c)
     lengths = np.array([[len(ids) for ids in group] for group in answers])  # [B, G], tokens
     state.values.update(chosen, R_I, D)
     state.lengths.update(chosen, lengths.mean(1), D)
@@ -444,29 +458,30 @@ def collect_grpo(model, tokenizer, problems, state, config, reward):
     return rows, rollouts, metrics
 
 def own_outcomes(model, tokenizer, problems, segments, uncut, config, reward):
-    """What no_mc takes for R_I: the outcome of one continuation from [q, s], or of the segment
-    itself where it had ended by itself. segments, uncut: B Samples.
+    """What no_mc takes for R_I: the outcome of one continuation from [q, s]. segments, uncut: B
+    Samples.
 
-    paper silent: V(q) follows it too; the continuation has the full limit.
+    paper silent: a segment that had ended by itself is its own continuation, uncut; V(q) follows
+    these outcomes, too; the continuation has the full limit.
     -> outcomes [B]; how many tokens were sampled for them."""
     paused = [s for s, whole in zip(segments, uncut) if not whole.finished]
     prompts = [s.prompt + s.tokens for s in paused]  # [q, s]
     limit = config.max_new_tokens
     onward = distributed_generate(model, tokenizer, prompts, 1, limit, config)  # [P][1] Samples
-    left = iter(onward)
+    continuations = [token_lists(group, s.tokens) for s, group in zip(paused, onward)]  # [P][1]
     answers = []  # [B][1] lists of ids
-    for s, whole in zip(segments, uncut):
+    for whole in uncut:
         if whole.finished:
             answers.append([whole.tokens])
         else:
-            answers.append(token_lists(next(left), s.tokens))
+            answers.append(continuations.pop(0))
     _, outcomes = grade(tokenizer, problems, answers, reward)  # [B, 1]
     return outcomes[:, 0], count_tokens(onward)
 
 @torch.no_grad()
 def policy_drift(model, segments, config):
     """D, how far pi moved since it last acted on each prompt: mean_t |log pi_then - log pi_now| of
-    the segment kept then. segments: B Samples. -> [B], nats.
+    the segment kept then. segments: N Samples. -> [N], nats.
 
     paper silent: after SPO's code, but on s alone (SPO: the whole response) and before the update
     (SPO: after it)."""
@@ -475,8 +490,8 @@ def policy_drift(model, segments, config):
         if not indices:
             continue
         batch = [segments[i] for i in indices]
-        now, then, mask = logprobs_now_and_then(model, batch, config.temperature)  # [N, T] each
-        D[indices] = (now - then).abs().sum(1) / mask.sum(1)
+        logprobs, old_logprobs, mask = new_and_old_logprobs(model, batch, config.temperature)
+        D[indices] = (logprobs - old_logprobs).abs().sum(1) / mask.sum(1)
     dist.all_reduce(D)
     return D.cpu().numpy()
 
@@ -541,14 +556,14 @@ def learn(model, optimizer, rows, config):
     grad_norm: the gradient's norm before it is scaled down, mean over the mini-batches."""
     size = len(rows) // config.minibatches  # prompts
     norms = []
-    sums = torch.zeros(2, 3)  # eq. 6 and eq. 5: tokens, their ratios, the clipped ones
+    sums = torch.zeros(2, 3)  # rows: eq. 6, eq. 5; columns: tokens, their ratios, clipped ones
     for first in range(0, len(rows), size):
         batch = []
         for group in rows[first:first + size]:
             batch += group
-        norm, figures = optimizer_step(model, optimizer, batch, config)
+        norm, ratios = optimizer_step(model, optimizer, batch, config)
         norms.append(norm)
-        sums += figures
+        sums += ratios
     metrics = dict(grad_norm=np.mean(norms))
     for phase, (tokens, ratios, clipped) in zip(("up", "down"), sums.tolist()):
         metrics[f"ratio_{phase}"] = ratios / tokens if tokens else None
@@ -559,49 +574,49 @@ def optimizer_step(model, optimizer, rows, config):
     """One step of the optimiser on the Rows of a mini-batch. What has no advantage or no weight has
     no gradient and is not run.
 
-    paper silent: with no advantage at all nothing moves, for AdamW passes over weights without a
-    gradient. -> the gradient's norm; figures [2, 3] as in `pass_loss`, summed over the passes."""
+    paper silent: with no advantage at all nothing moves, because AdamW skips weights that have no
+    gradient. -> the gradient's norm; ratios [2, 3] as in `pass_loss`, summed over the passes."""
     rows = [row for row in rows if row.advantage and row.weight]
     samples = [row.sample for row in rows]
-    figures = torch.zeros(2, 3, device=model.device)
+    ratios = torch.zeros(2, 3, device=model.device)
     for indices in tqdm(micro_batches(samples, config.micro_tokens), "passes", **BAR):
         batch = [rows[i] for i in indices]
         if not batch:  # this process is idle, but takes part in the sum of the gradients
             batch = [replace(rows[-1], weight=0.0)]
         loss, sums = pass_loss(model, batch, config)
         loss.backward()
-        figures += sums
-    dist.all_reduce(figures)
-    masters = optimizer.param_groups[0]["params"]  # FSDP's model.parameters() are copies now
+        ratios += sums
+    dist.all_reduce(ratios)
+    masters = optimizer.param_groups[0]["params"]  # model.parameters() are the compute copies now
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not a finite number: --resume with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
-    reshard(model)  # the weights that compute are old now,
-    unshard(model)  # and made anew of the masters
-    return norm, figures.cpu()
+    reshard(model)  # drops the compute copies, which are stale
+    unshard(model)  # copies the masters anew
+    return norm, ratios.cpu()
 
 def pass_loss(model, rows, config):
     """The loss of a pass (eq. 4), the sum of both phases'; w_up and w_down are in the weights.
-    -> scalar; figures [2, 3], of eq. 6 and of eq. 5: as `ratio_figures` has them."""
+    -> loss, scalar; ratios [2, 3]: of eq. 6's tokens, then of eq. 5's, what `ratio_sums` gives."""
     c = config
     samples = [row.sample for row in rows]
-    now, then, mask = logprobs_now_and_then(model, samples, c.temperature)  # [N, T] each
-    A = now.new_tensor([row.advantage for row in rows])  # [N]
-    weight = now.new_tensor([row.weight for row in rows])  # [N]
+    new, old, mask = new_and_old_logprobs(model, samples, c.temperature)  # [N, T] each
+    A = new.new_tensor([row.advantage for row in rows])  # [N]
+    weight = new.new_tensor([row.weight for row in rows])  # [N]
     weights = weight[:, None] * mask  # [N, T]
     ppo_clip = mask.new_tensor([row.ppo_clip for row in rows])  # [N]
     weights_up = weights * ppo_clip[:, None]  # [N, T]
     weights_down = weights * ~ppo_clip[:, None]  # [N, T]
 
-    loss_up = upstream_loss(now, then, A, weights_up, c.clip_low, c.clip_low)
-    figures_up = ratio_figures(now, then, weights_up, c.clip_low, c.clip_low)
-    loss_down = downstream_loss(now, then, A, weights_down, c.clip_low, c.clip_high)
-    figures_down = ratio_figures(now, then, weights_down, c.clip_low, c.clip_high)
-    return loss_up + loss_down, torch.stack([figures_up, figures_down])
+    loss_up = upstream_loss(new, old, A, weights_up, c.clip_low, c.clip_low)
+    ratios_up = ratio_sums(new, old, weights_up, c.clip_low, c.clip_low)  # [3]
+    loss_down = downstream_loss(new, old, A, weights_down, c.clip_low, c.clip_high)
+    ratios_down = ratio_sums(new, old, weights_down, c.clip_low, c.clip_high)  # [3]
+    return loss_up + loss_down, torch.stack([ratios_up, ratios_down])
 
-def ratio_figures(logprobs, old_logprobs, weights, clip_low, clip_high):
+def ratio_sums(logprobs, old_logprobs, weights, clip_low, clip_high):
     """Of the tokens that have a weight: how many they are, the sum of their importance ratios, and
     how many ratios are beyond the clip. [N, T] each. -> [3]."""
     trained = weights > 0
@@ -609,42 +624,43 @@ def ratio_figures(logprobs, old_logprobs, weights, clip_low, clip_high):
     clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
     return torch.stack([trained.sum(), ratio.sum(), clipped.sum()])
 
-def logprobs_now_and_then(model, samples, temperature):
-    """log pi of the tokens of N Samples now, with gradients, and log pi_old as they were sampled.
-    -> now, then, mask: [N, T] each, nats, 0 where padded."""
+def new_and_old_logprobs(model, samples, temperature):
+    """log pi of the tokens of N Samples, with gradients, and log pi_old, as they were sampled.
+    -> new, old, mask: [N, T] each, nats, 0 where padded."""
     prompts = [sample.prompt for sample in samples]
     tokens = [sample.tokens for sample in samples]
-    now, mask = response_logprobs(model, prompts, tokens, temperature)  # [N, T] each
-    flat = []
-    for sample in samples:
-        flat += sample.logprobs
-    then = torch.zeros_like(now).masked_scatter(mask, now.new_tensor(flat))  # [N, T]
-    return now, then, mask
+    new, mask = response_logprobs(model, prompts, tokens, temperature)  # [N, T] each
+    old = torch.zeros_like(new)
+    for i, sample in enumerate(samples):
+        old[i, :len(sample.tokens)] = new.new_tensor(sample.logprobs)
+    return new, old, mask
 
 def micro_batches(samples, limit):
-    """Cuts N Samples into passes of at most `limit` tokens (`padded_tokens`); a longer row goes
+    """Cuts N Samples into passes of at most `limit` tokens (`padded_tokens`); a longer one goes
     alone. -> this process's passes, lists of indices.
 
-    Every process must take as many passes, for FSDP sums their gradients pass by pass: where they
-    do not divide evenly, some get an empty one."""
+    Every process must take the same number of passes, because FSDP sums their gradients pass by
+    pass: where they do not divide evenly, some get an empty one."""
     order = []
     for i, sample in enumerate(samples):
-        size = round(2 * math.log2(len(sample.tokens)))  # like lengths together, within sqrt 2
-        order.append((size, sample.prompt, i))  # then equal prompts, which are run once
+        size_class = round(2 * math.log2(len(sample.tokens)))  # like lengths: a factor of sqrt 2
+        order.append((size_class, sample.prompt, i))  # within it equal prompts, which run once
     passes = []
     for _, _, i in sorted(order):
-        grown = [samples[j] for j in passes[-1]] + [samples[i]] if passes else []
-        if grown and padded_tokens(grown) <= limit:
-            passes[-1].append(i)
-        else:
-            passes.append([i])
+        fits = False
+        if passes:
+            grown = [samples[j] for j in [*passes[-1], i]]
+            fits = padded_tokens(grown) <= limit
+        if not fits:
+            passes.append([])
+        passes[-1].append(i)
     rank, world = rank_and_world()
     while len(passes) % world:
         passes.append([])
     return passes[rank::world]
 
 def padded_tokens(samples):
-    """How many tokens a pass over Samples runs: padding counts, a prompt that rows share does so
+    """How many tokens a pass over Samples runs. Padding counts; a prompt that several share counts
     once."""
     prompts = {tuple(sample.prompt) for sample in samples}
     longest_prompt = max(len(prompt) for prompt in prompts)
@@ -653,49 +669,43 @@ def padded_tokens(samples):
 
 
 # ---- 7. Sampling ---------------------------------------------------------------------------------
-CHUNK = 16  # tokens sampled between two looks at which rows have ended
-RENAMED = Version(transformers.__version__) >= Version("5.24")
-CACHE = "cache" if RENAMED else "past_key_values"  # what transformers calls the argument
+CHUNK = 16  # tokens sampled between two looks at which rows are done
+PREFILL = 8192  # tokens that a prefill runs at once; more are not faster and need more memory
+# transformers 5.24 renames the argument that takes a KV cache.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 @dataclass
 class SamplingRow:
     """A sample while it is drawn."""
-    prompt: list    # ids
-    limit: int      # tokens that it may have
-    tokens: list = field(default_factory=list)    # ids so far
+    prompt: list  # ids
+    limit: int  # tokens that it may have
+    tokens: list = field(default_factory=list)  # ids so far
     logprobs: list = field(default_factory=list)  # nats, of each
-    finished: bool = False                        # the last token is an EOS
+    finished: bool = False  # the last token is an EOS
 
     @property
-    def ended(self):
-        """Whether nothing more is to be drawn."""
+    def done(self):
+        """Whether nothing more is to be drawn: an EOS was, or the limit is met."""
         return self.finished or len(self.tokens) >= self.limit
 
     def take(self, tokens, logprobs, eos):
-        """Appends what was drawn, up to its end; eos is the set of ids that end a response."""
+        """Appends what was drawn, until the row is done. eos: the set of ids that end a sample."""
         for token, logprob in zip(tokens, logprobs):
-            if self.ended:
+            if self.done:
                 break
             self.tokens.append(token)
             self.logprobs.append(logprob)
             self.finished = token in eos
 
-def turn_width(rows):
-    """How many columns a turn of these SamplingRows may come to: the longest start of a row, and
-    what another may still take."""
-    longest = max(len(row.prompt) + len(row.tokens) for row in rows)
-    left = max(row.limit - len(row.tokens) for row in rows)
-    return longest + left
-
 @torch.no_grad()
 def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     """n samples of each of P prompts (lists of ids) from softmax(logits / temperature) and nothing
-    else; 0 is greedy. max_new_tokens is one number, or one per prompt. Returns [P][n] Samples.
+    else. temperature 0 is greedy, with the log-probs of temperature 1. max_new_tokens: one number,
+    or one per prompt. -> [P][n] Samples.
 
-    Rows stand in a queue, and a turn samples as many as fit into memory. An iteration takes about
-    as long for few rows as for many, so once half of a turn's rows have ended while others wait,
-    the rest go to the end of the queue. Their tokens so far are then prefilled with the prompt.
-    """
+    Rows stand in a queue, and a turn samples as many as fit into memory. A decoder call takes about
+    as long for few rows as for many, so once half of a turn's rows are done while others wait, the
+    rest go to the end of the queue. That costs one more prefill, of prompt and tokens so far."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # what peft wraps; its adapters are inside
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
@@ -707,23 +717,33 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     softmax_only = GenerationConfig(
         do_sample=temperature > 0, temperature=1.0, top_k=0, pad_token_id=0,
         eos_token_id=sorted(eos) or None, return_dict_in_generate=True)
-    widest = turn_width(rows) if rows else 0  # fits into the context, for prompts and limits do
-    counts = "{desc}: {n} of {total} responses have ended [{elapsed}]"
+    counts = "{desc}: {n} of {total} samples are done [{elapsed}]"
+    widest = turn_width(rows) if rows else 0
     queue = list(rows)
     with (generation_config_replaced(model, softmax_only),
           tqdm(total=len(rows), bar_format=counts, **BAR) as bar):
         while queue:
+            # A long row that came back and a short one, side by side, could take more columns than
+            # the context has. No turn is wider than the first could have been.
             width = min(widest, turn_width(queue))
             fit = rows_that_fit(model, width)
             turn = queue[:fit]
             queue = queue[fit:]
             sample_turn(model, turn, width, eos, temperature, bool(queue), bar)
-            queue += [row for row in turn if not row.ended]
+            queue += [row for row in turn if not row.done]
     samples = [Sample(row.tokens, row.logprobs, row.finished, row.prompt) for row in rows]
     return [samples[p * n:(p + 1) * n] for p in range(len(prompts))]  # [P][n]
 
+def turn_width(rows):
+    """How many columns a turn of these SamplingRows can come to, padding at the left counted: the
+    longest of them so far, and the most that any of them may still take."""
+    longest = max(len(row.prompt) + len(row.tokens) for row in rows)
+    left = max(row.limit - len(row.tokens) for row in rows)
+    return longest + left
+
 def eos_ids(model, tokenizer):
-    """The set of ids that end a response: the tokenizer's, and those of the generation_config."""
+    """The set of ids that end a response: the tokenizer's, and those of the generation_config, to
+    which `load_model` adds the end of a turn."""
     configured = model.generation_config.eos_token_id  # an id, a list of them, or None
     if not isinstance(configured, list):
         configured = [configured]
@@ -731,9 +751,9 @@ def eos_ids(model, tokenizer):
 
 @contextmanager
 def generation_config_replaced(model, config):
-    """The model's own generation_config steps aside, for its top_k or penalties are not pi. Passing
-    another one to transformers' generate is not enough: what it leaves open comes from the model's
-    own. That one is put back, also after an error."""
+    """The model's own generation_config steps aside, because its top_k or penalties are not pi.
+    Passing another one to transformers' generate is not enough: what it leaves open comes from the
+    model's own. That one is put back, also after an error."""
     own = model.generation_config
     model.generation_config = config
     try:
@@ -742,9 +762,8 @@ def generation_config_replaced(model, config):
         model.generation_config = own
 
 def sample_turn(model, rows, width, eos, temperature, others_wait, bar):
-    """Samples N SamplingRows until all have ended or, while others wait, until half of them have,
-    at most until they have `width` columns, padding counted. Rows that have ended leave between two
-    pieces of CHUNK tokens."""
+    """Samples N SamplingRows until all are done or, while others wait, until half of them are; in
+    any case no further than `width` columns. Rows that are done leave every CHUNK tokens."""
     bar.set_description_str(f"prefill of {len(rows)} rows")
     fewest = len(rows) // 2 if others_wait else 0
     ids, mask, cache = prefill(model, [row.prompt + row.tokens for row in rows])  # [N, S]
@@ -756,7 +775,7 @@ def sample_turn(model, rows, width, eos, temperature, others_wait, bar):
         tokens, logprobs = draw(model, ids, mask, cache, count, temperature)  # [N, C]
         for row, new, nats in zip(rows, tokens.tolist(), logprobs.tolist()):
             row.take(new, nats, eos)
-        staying = [i for i, row in enumerate(rows) if not row.ended]
+        staying = [i for i, row in enumerate(rows) if not row.done]
         bar.update(len(rows) - len(staying))
         rows = [rows[i] for i in staying]
         drawn = torch.ones_like(tokens, dtype=torch.bool)  # [N, C]; those who stay took them all
@@ -765,8 +784,11 @@ def sample_turn(model, rows, width, eos, temperature, others_wait, bar):
         cache.batch_select_indices(staying)
 
 def draw(model, ids, mask, cache, count, temperature):
-    """Draws up to `count` tokens after ids [N, S], of which the cache lacks the last. Returns the
-    tokens [N, C] and their log-probs (nats) [N, C]; after an EOS neither means anything."""
+    """Draws up to `count` tokens after ids [N, S], of which the cache lacks the last. -> tokens
+    [N, C] and their log-probs [N, C], nats; after an EOS neither means anything.
+
+    For each token transformers calls the processor with the scores, draws, and calls the stopping
+    criterion with the token. Between them they keep one log-prob per row, and no scores."""
     scaled = Temperature(temperature or 1.0)
     drawn = DrawnLogprobs(scaled)
     output = model.generate(
@@ -774,11 +796,12 @@ def draw(model, ids, mask, cache, count, temperature):
         logits_processor=LogitsProcessorList([scaled]),
         stopping_criteria=StoppingCriteriaList([drawn]), **{CACHE: cache})
     tokens = output.sequences[:, ids.shape[1]:]  # [N, C]
-    logprobs = torch.stack(drawn.logprobs, 1)  # [N, C], or one more if transformers stops late
+    logprobs = torch.stack(drawn.logprobs, 1)  # [N, C]
+    # On a GPU transformers may notice one step late that all rows have ended; it drops that token.
     return tokens, logprobs[:, :tokens.shape[1]]
 
 class Temperature(LogitsProcessor):
-    """Divides the scores [N, V] by the temperature, in place, and shows the last ones."""
+    """Divides the scores [N, V] by the temperature, in place, and holds on to the last ones."""
     def __init__(self, temperature):
         self.temperature = temperature
         self.scores = None  # [N, V], until the next ones
@@ -788,40 +811,40 @@ class Temperature(LogitsProcessor):
         return self.scores
 
 class DrawnLogprobs(StoppingCriteria):
-    """Stops nothing: it is what transformers calls after each draw. Keeps the log-prob of the token
-    drawn; to keep the scores for it would take [N, V] for every token."""
+    """Keeps the log-prob of each token drawn. It stops nothing: it is a stopping criterion because
+    transformers calls one after each draw."""
     def __init__(self, scaled):
         self.scaled = scaled
         self.logprobs = []  # [N] each, nats
 
     def __call__(self, input_ids, scores, **kwargs):
-        scores = self.scaled.scores  # [N, V], which the last column of ids was drawn from
-        drawn = scores.gather(1, input_ids[:, -1:])[:, 0]  # [N]
-        self.logprobs.append(drawn - scores.logsumexp(1))
+        scaled = self.scaled.scores  # [N, V], which the last column of ids was drawn from
+        drawn = scaled.gather(1, input_ids[:, -1:])[:, 0]  # [N]
+        self.logprobs.append(drawn - scaled.logsumexp(1))
         return torch.zeros_like(drawn, dtype=torch.bool)
 
 def rows_that_fit(model, length):
-    """How many rows of `length` tokens may be sampled at once. Each takes its keys and values, and
-    while a token is drawn four copies of its logits in float32 (measured); what a prefill holds in
-    passing is set aside: less than 24 hidden states per token (measured: 12 to 21)."""
+    """How many rows of `length` tokens can be sampled at once. Each takes its keys and values, and
+    while a token is drawn four float32 copies of its logits (measured). What a prefill holds in
+    passing is set aside: less than 24 hidden states per token (measured: 12 to 21). -> int, 1 or
+    more."""
     _, _, cache = prefill(model, [[0, 0]])  # holds one token
-    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # bytes
-    vocabulary, width = model.get_output_embeddings().weight.shape
-    logits = 4 * 4 * vocabulary  # bytes
-    activations = PREFILL * 24 * width * cache.layers[0].keys.itemsize  # bytes
-    memory = 4e9  # a constant on a CPU, so that the same seed gives the same numbers
+    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    vocabulary, hidden = model.get_output_embeddings().weight.shape
+    logits_bytes = 4 * 4 * vocabulary
+    prefill_bytes = PREFILL * 24 * hidden * cache.layers[0].keys.itemsize
+    memory = 4e9  # bytes; a constant on a CPU, so that the same seed gives the same numbers
     if model.device.type == "cuda":
         idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         memory = 0.7 * (torch.cuda.mem_get_info()[0] + idle)
-    return max(1, int((memory - activations) // (token * (length + CHUNK) + logits)))
+    row_bytes = token_bytes * (length + CHUNK) + logits_bytes
+    return max(1, int((memory - prefill_bytes) // row_bytes))
 
 
 # ---- 8. Log-probs --------------------------------------------------------------------------------
-PREFILL = 8192  # tokens that a prefill runs at once: more are not faster, and need more memory
-
 def padded(rows, device, left=False):
-    """Lists of ids, at the right or left padded with 0, as ids [N, T] and a mask [N, T] that is
-    True where an id stands. T is 1 at least."""
+    """N lists of ids, padded with 0 at the right or at the left. -> ids [N, T]; mask [N, T], True
+    where an id stands. T is 1 at least."""
     longest = max(1, max(len(row) for row in rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -833,8 +856,8 @@ def padded(rows, device, left=False):
     return ids.to(device), mask.to(device)
 
 def forward(model, ids, mask, cache):
-    """Runs those columns of ids [N, S + T] that the cache of S does not hold yet. Returns their
-    hidden states [N, T, D]; the cache takes up their keys and values, with gradients if any."""
+    """Runs the columns of ids [N, S + T] that the cache, of S, does not hold yet; it takes up their
+    keys and values, with gradients if any. -> hidden states [N, T, H]."""
     start = cache.get_seq_length()
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [N, S + T]; padding takes up none
     output = model.get_decoder()(
@@ -845,32 +868,32 @@ def forward(model, ids, mask, cache):
     return output.last_hidden_state
 
 def prefill(model, prompts):
-    """N prompts (lists of ids) as ids [N, S] and their mask [N, S], padded at the left, and a cache
-    of all columns but the last. Equal prompts are run once, in training too: gradients of all rows
-    that share the cache add up in it."""
-    numbers = {}  # of each different prompt
+    """Runs N prompts (lists of ids) but for their last tokens. Equal ones are run once, in training
+    too, where the gradients of all rows that share them add up. -> ids [N, S] and their mask
+    [N, S], padded at the left; a cache of all columns but the last."""
+    index_of = {}  # each of the P different prompts -> its index
     for prompt in prompts:
-        numbers.setdefault(tuple(prompt), len(numbers))
-    ids, mask = padded(numbers, model.device, left=True)  # [P, S], of the different ones
+        index_of.setdefault(tuple(prompt), len(index_of))
+    ids, mask = padded(list(index_of), model.device, left=True)  # [P, S]
     cache = DynamicCache(config=model.config)
-    columns = max(1, PREFILL // len(numbers))
+    columns = max(1, PREFILL // len(index_of))
     end = 0
     while end < ids.shape[1] - 1:
         end = min(end + columns, ids.shape[1] - 1)
         forward(model, ids[:, :end], mask[:, :end], cache)
-    rows = [numbers[tuple(prompt)] for prompt in prompts]  # [N]
+    rows = [index_of[tuple(prompt)] for prompt in prompts]  # [N], from P to N rows
     cache.batch_select_indices(rows)
     return ids[rows], mask[rows], cache
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
-    """log pi(o_t | prompt, o_<t) of each response token, with gradients: N prompts, N responses,
-    lists of ids. Returns log-probs (nats) and their mask, [N, T] each, 0 where padded."""
+    """log pi(o_t | prompt, o_<t) of each response token, with gradients. prompts, responses: N
+    lists of ids each. -> log-probs, nats, and their mask: [N, T] each, 0 where padded."""
     prompt_ids, prompt_mask, cache = prefill(model, prompts)  # [N, S]
     targets, mask = padded(responses, model.device)  # [N, T]
     ids = torch.cat([prompt_ids, targets], 1)  # [N, S + T]
     seen = torch.cat([prompt_mask, mask], 1)  # [N, S + T]
     # Each token is predicted from the one before it, so the last one need not be run.
-    hidden = forward(model, ids[:, :-1], seen[:, :-1], cache)  # [N, T, D]
+    hidden = forward(model, ids[:, :-1], seen[:, :-1], cache)  # [N, T, H]
     head = model.get_output_embeddings()
     values = chunked_logprobs(head, hidden[mask], targets[mask], temperature)  # [sum of lengths]
     logprobs = values.new_zeros(mask.shape)  # [N, T]
@@ -878,28 +901,30 @@ def response_logprobs(model, prompts, responses, temperature=1.0):
     return logprobs, mask
 
 def chunked_logprobs(head, hidden, targets, temperature=1.0, chunk=1024):
-    """log softmax(head(hidden) / temperature)[target], nats, with gradients: hidden [M, D], targets
-    [M] -> float32 [M]. A chunk's logits [chunk, V] are not kept, the backward pass recomputes."""
+    """log softmax(head(hidden) / temperature)[target], nats, with gradients. hidden: [M, H];
+    targets: [M]. -> [M], float32. The logits of a chunk, [chunk, V], are not kept: the backward
+    pass computes them again."""
     logprobs = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk)):
         logprobs.append(checkpoint(target_logprobs, head, h, t, temperature, use_reentrant=False))
     return torch.cat(logprobs)  # [M]
 
 def target_logprobs(head, hidden, targets, temperature):
-    """log softmax(head(hidden) / temperature)[target], nats: [m, D], [m] -> float32 [m]."""
+    """log softmax(head(hidden) / temperature)[target], nats. [m, H], [m] -> [m], float32."""
     logits = head(hidden).float() / temperature  # [m, V]
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 # ---- 9. Rewards: is the last box right? ----------------------------------------------------------
-# Two answers are equal if their normal forms are: the values of what can be computed, the text of
-# everything else. A model wrote these texts: they are read, and never run.
+# Skip to room 10 unless you care about grading. Two answers are equal if their normal forms are: of
+# what can be computed the value, of everything else the text. A model wrote these texts: they are
+# read, and never run.
 
-DIGITS = 150     # that are computed,
-COMPARED = 110   # and those of them that must agree
-LARGEST = 1e50   # 10^50 + 10^-50 has 101 digits, so that none of a sum is lost
-LONGEST = 200    # characters that are read
-BRACKETS = 40    # that may open in them, which bounds how deep they are nested
+DIGITS = 150  # how many digits are computed
+COMPARED = 110  # how many of them must agree
+LARGEST = 1e50  # the bound of each result: 10^50 + 10^-50 has 101 digits, so that none is lost
+LONGEST = 200  # characters in an answer that is computed
+BRACKETS = 40  # brackets in it, which bounds how deep they are nested
 CONSTANTS = {"pi": sympy.pi.evalf(DIGITS), "e": sympy.E.evalf(DIGITS)}
 
 UNIT = (r"(?:\\?%|percent|[cmk]m|in|inch(?:es)?|ft|feet|mph|kg|degrees ?[CF]|(?:meter|mile|gram|"
@@ -908,67 +933,68 @@ LABEL = r"(?:\\[a-z]+|[a-z]|[A-Z]{1,3})?(?:_\w+)? ?(?:\([a-zA-Z, ]+\))?[=∈]"
 CALLED = r"[a-zA-Z]\d*(?:[_^](?:\w+|\{[^{}]*\}))* ?\("  # a letter, its scripts, and a bracket
 GREEK = ("alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|"
          "Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega")
-NO_VALUE = r"\\\g<0>"  # as an unknown command: its text is no expression
+NO_VALUE = r"\\\g<0>"  # puts a backslash before it, which `expression` then refuses
 
-TIDY = [  # pattern, replacement, what for: each of these is then written in one way only
-    (r"\\\\\s*", ";", "rows of a matrix"),
-    (r"\{[bp]matrix\}", "{matrix}", "its round or square brackets"),
-    (r"\\(?:emptyset|varnothing)(?![a-zA-Z])|\\\{\s*\\\}", "∅", "the empty set"),
-    (r"\\infty(?![a-zA-Z])|infinity", "∞", r"(-\infty, 3]"),
-    (r"\\pi(?![a-zA-Z])|(?<![\\a-zA-Z])pi(?![a-zA-Z])", "π", r"2\pi, 2 pi"),
-    (r"\\(?:cdot|times)(?![a-zA-Z])|[×·]", "*", r"3 \times 4"),
-    (r"−", "-", "a minus sign that is no hyphen"),
-    (r"\\pm(?![a-zA-Z])", "±", r"3 \pm \sqrt{2}"),
-    (r"\\(?:leqslant|leq|le)(?![a-zA-Z])|<=", "≤", r"x \leq 5"),
-    (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])|>=", "≥", r"x \geq 5"),
-    (r"\\(?:neq|ne)(?![a-zA-Z])|!=", "≠", r"x \neq 5"),
-    (r"\\in(?![a-zA-Z])", "∈", r"x \in [1, 2]"),
-    (r"\\[lc]?dots(?![a-zA-Z])|\.\.+", "…", r"1, 2, \dots"),
-    (r"(?<=\d)(?<!\b0)(?:\{,\}|,?\\[!,])\s*(?=\d{3}(?!\d))", "", r"12{,}345 and 12\,345"),
-    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])", " ", "sizes, spaces"),
-    (r"\\[!,;:> ()]|~|\\?\$", " ", "spaces, $ of money and of mathematics"),
-    (r"\\(?:text\w*|math\w+|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 ", r"5 \text{ cm}"),
-    (r",?\s*\b(?:and|or)\b", ",", "2 or 3"),
-    (r"\\[cdt]frac", r"\\frac", r"\dfrac{1}{2}"),
-    (r"\\frac\s*(\w)", r"\\frac{\1}", r"\frac12"),
-    (r"\\frac(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}", r"\frac{1}2"),
-    (r"\\?sqrt|√", r"\\sqrt", "√2"),
-    (r"\\sqrt(\[\w+\])?\s*(\w)", r"\\sqrt\1{\2}", r"\sqrt2"),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "sqrt(2)"),
-    (r"_(?:(\w)|\{(\w+)\})", r"_\1\2 ", r"a_{1}, \log_{2} 3"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|°", " degrees ", r"30^\circ"),
-    (r"((?:sin|cos|tan|cot|sec|csc).*)degrees", r"\1degrees here", r"\sin 30° is not \sin 30"),
-    (r"\s+", " ", "spaces"),
-    (r"^ |[., ]+$", "", "the end of a sentence"),
-    (rf"(?<=[\d}})π]) ?(?:square |cubic )?{UNIT}(?: ?\^\{{?[23]\}}?)?(?= ?,|$)", "", "8 cm^2"),
-    (r" ?([=∈≤≥≠]) ?", r"\1", "x = 5"),
-    (r"^([^,]*)±([^,]*)$", r"\1+\2,\1-\2", r"3 \pm 2 is two numbers"),
+# The two tables are applied row by row, in their order. Each row: pattern, replacement, example.
+TIDY = [  # ways to write the same become one
+    (r"\\\\\s*", ";", r"1 & 2 \\ 3 & 4 -> 1 & 2 ;3 & 4"),
+    (r"\{[bp]matrix\}", "{matrix}", "{pmatrix} -> {matrix}"),
+    (r"\\(?:emptyset|varnothing)(?![a-zA-Z])|\\\{\s*\\\}", "∅", r"\emptyset -> ∅"),
+    (r"\\infty(?![a-zA-Z])|infinity", "∞", r"(-\infty, 3] -> (-∞, 3]"),
+    (r"\\pi(?![a-zA-Z])|(?<![\\a-zA-Z])pi(?![a-zA-Z])", "π", r"2\pi -> 2π"),
+    (r"\\(?:cdot|times)(?![a-zA-Z])|[×·]", "*", r"3 \times 4 -> 3 * 4"),
+    (r"−", "-", "−5 (a minus sign) -> -5 (a hyphen)"),
+    (r"\\pm(?![a-zA-Z])", "±", r"3 \pm 2 -> 3 ± 2"),
+    (r"\\(?:leqslant|leq|le)(?![a-zA-Z])|<=", "≤", r"x \leq 5 -> x ≤ 5"),
+    (r"\\(?:geqslant|geq|ge)(?![a-zA-Z])|>=", "≥", r"x \geq 5 -> x ≥ 5"),
+    (r"\\(?:neq|ne)(?![a-zA-Z])|!=", "≠", r"x \neq 5 -> x ≠ 5"),
+    (r"\\in(?![a-zA-Z])", "∈", r"x \in [1, 2] -> x ∈ [1, 2]"),
+    (r"\\[lc]?dots(?![a-zA-Z])|\.\.+", "…", r"1, 2, \dots -> 1, 2, …"),
+    (r"(?<=\d)(?<!\b0)(?:\{,\}|,?\\[!,])\s*(?=\d{3}(?!\d))", "", r"12{,}345 -> 12345"),
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?|q?quad)(?![a-zA-Z])", " ", r"\left( -> ("),
+    (r"\\[!,;:> ()]|~|\\?\$", " ", r"x\,y and \$5 -> x y and 5"),
+    (r"\\(?:text\w*|math\w+|mbox|boldsymbol)\s*\{([^{}]*)\}", r" \1 ", r"5 \text{ cm} -> 5 cm"),
+    (r",?\s*\b(?:and|or)\b", ",", "2 or 3 -> 2, 3"),
+    (r"\\[cdt]frac", r"\\frac", r"\dfrac{1}{2} -> \frac{1}{2}"),
+    (r"\\frac\s*(\w)", r"\\frac{\1}", r"\frac12 -> \frac{1}2"),
+    (r"\\frac(\{[^{}]*\})\s*(\w)", r"\\frac\1{\2}", r"\frac{1}2 -> \frac{1}{2}"),
+    (r"\\?sqrt|√", r"\\sqrt", r"√2 -> \sqrt2"),
+    (r"\\sqrt(\[\w+\])?\s*(\w)", r"\\sqrt\1{\2}", r"\sqrt2 -> \sqrt{2}"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", r"\sqrt(2) -> \sqrt{2}"),
+    (r"_(?:(\w)|\{(\w+)\})", r"_\1\2 ", r"a_{1} -> a_1"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|°", " degrees ", r"30^\circ -> 30 degrees"),
+    (r"((?:sin|cos|tan|cot|sec|csc).*)degrees", r"\1degrees here", r"degrees of \sin 30° stay"),
+    (r"\s+", " ", "x   y -> x y"),
+    (r"^ |[., ]+$", "", "5. -> 5"),
+    (rf"(?<=[\d}})π]) ?(?:square |cubic )?{UNIT}(?: ?\^\{{?[23]\}}?)?(?= ?,|$)", "", "8 cm -> 8"),
+    (r" ?([=∈≤≥≠]) ?", r"\1", "x = 5 -> x=5"),
+    (r"^([^,]*)±([^,]*)$", r"\1+\2,\1-\2", "3±2 -> 3+2,3-2"),
 ]
 
-PYTHON = [  # pattern, replacement, what for: tidy LaTeX becomes a Python expression
-    (r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|ln|lg|tg)", NO_VALUE, "a word, a function: no product"),
-    (rf"[fgFG](?:\^\{{?-1\}}?)?\(|{CALLED}(?![^()]*[\w}}] ?[-+])", NO_VALUE, "f(2x) is not 2f(x)"),
-    (rf"{CALLED}(?![^()]*[a-zA-Z])", NO_VALUE, "I(0) is not 0"),
-    (r"(?<![a-zA-Z])_", NO_VALUE, "1010_2 has a base; Python would read 10102"),
-    (r"\d*\.\d*(?<=[\d.]{17})", NO_VALUE, "a float holds 15 digits"),
-    (r"(?<![\d.])00", NO_VALUE, "350,000 pages is not 350, 0"),
-    (r"(?<![\d.,])0(?=[1-9])", "", "05"),
+PYTHON = [  # tidy LaTeX becomes a Python expression
+    (r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|ln|lg|tg)", NO_VALUE, "arcsin x has no value"),
+    (rf"[fgFG](?:\^\{{?-1\}}?)?\(|{CALLED}(?![^()]*[\w}}] ?[-+])", NO_VALUE, "f(2x) has no value"),
+    (rf"{CALLED}(?![^()]*[a-zA-Z])", NO_VALUE, "I(0) has no value"),
+    (r"(?<![a-zA-Z])_", NO_VALUE, "1010_2 has no value"),
+    (r"\d*\.\d*(?<=[\d.]{17})", NO_VALUE, "a float holds 15 digits, so longer ones have no value"),
+    (r"(?<![\d.])00", NO_VALUE, "350,000 pages is no list"),
+    (r"(?<![\d.,])0(?=[1-9])", "", "05 -> 5"),
     (r"(?<![\w.}^/])(?<!\d )(\d+) ?(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)", r"(\1+\2)", "2 1/2"),
-    (r"(?<![\\a-zA-Z_])([a-zA-Z])([a-zA-Z])(?![a-zA-Z])", r"\1 \2", "xy is x y"),
-    (r"π", " pi ", "a name"),
-    (r"∞", " infinity ", "a name"),
-    (rf"\\({GREEK})(?![a-zA-Z])", r" greek_\1", "a name"),
-    (r"\\sqrt\[([^][]*)\]", r" root{\1}", r"\sqrt[3]{8} is root[3][8]"),
-    (r"\\sqrt", " root{2}", r"\sqrt{2} is root[2][2]"),
-    (r"\\frac", " frac", r"\frac{1}{2} is frac[1][2]"),
-    (r"(?<=[)}]) ?(?=[a-zA-Z(])|(?<=\)) ?(?=\d)", "*", "(x + 1)(x + 2)"),
-    (r"(?<=\w) ?(?=\()|(?<=\w) +(?=[a-zA-Z])|(?<=\d)(?=[a-zA-Z])", "*", "2 x (x + 1)"),
-    (r"\[", "(closed,", "an interval is a tuple that names its closed ends"),
-    (r"\]", ",closed)", "an interval is a tuple that names its closed ends"),
-    (r"(?<!\\)\{", "[", "what LaTeX groups is a list of one"),
-    (r"(?<!\\)\}", "]", "what LaTeX groups is a list of one"),
-    (r"\\([{}])", r"\1", r"\{1, 2\} is a set"),
-    (r"\^", "**", "x^2"),
+    (r"(?<![\\a-zA-Z_])([a-zA-Z])([a-zA-Z])(?![a-zA-Z])", r"\1 \2", "xy -> x y"),
+    (r"π", " pi ", "π -> pi"),
+    (r"∞", " infinity ", "∞ -> infinity"),
+    (rf"\\({GREEK})(?![a-zA-Z])", r" greek_\1", r"\lambda -> greek_lambda"),
+    (r"\\sqrt\[([^][]*)\]", r" root{\1}", r"\sqrt[3]{8} -> root{3}{8}"),
+    (r"\\sqrt", " root{2}", r"\sqrt{5} -> root{2}{5}"),
+    (r"\\frac", " frac", r"\frac{1}{2} -> frac{1}{2}"),
+    (r"(?<=[)}]) ?(?=[a-zA-Z(])|(?<=\)) ?(?=\d)", "*", "(x + 1)(x + 2) -> (x + 1)*(x + 2)"),
+    (r"(?<=\w) ?(?=\()|(?<=\w) +(?=[a-zA-Z])|(?<=\d)(?=[a-zA-Z])", "*", "2x(x+1) -> 2*x*(x+1)"),
+    (r"\[", "(closed,", "[0, 1) -> (closed,0, 1)"),
+    (r"\]", ",closed)", "(0, 1] -> (0, 1,closed)"),
+    (r"(?<!\\)\{", "[", "frac{1}{2} -> frac[1}[2}"),
+    (r"(?<!\\)\}", "]", "frac[1}[2} -> frac[1][2]"),
+    (r"\\([{}])", r"\1", r"\{1, 2\} -> {1, 2}"),
+    (r"\^", "**", "x^2 -> x**2"),
 ]
 
 def math_reward(response, problem):
@@ -1008,11 +1034,11 @@ def normal_form(text):
     if len(text) > LONGEST:
         return text
     tidy = tidied(text)
-    if re.fullmatch("[a-zA-Z]{2,}", tidy):  # a word; as a product, no would be on
+    if re.fullmatch("[a-zA-Z]{2,}", tidy):  # a word: as products, "no" and "on" would be equal
         return tidy.lower()
     try:
         items = ast.parse(expression(tidy) + ",", mode="eval").body.elts  # the comma: a tuple
-        answer = items[0] if len(items) == 1 else ast.Set(items)
+        answer = items[0] if len(items) == 1 else ast.Set(items)  # a bare list has no order
         return form(answer, 1), form(answer, -1)
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):  # no expression
         plain = re.sub(r"(?<!\d) | (?!\d)", "", tidy)  # 2 3 is not 23
@@ -1042,7 +1068,7 @@ def expression(text):
     return text.strip()
 
 def form(node, sign):
-    """Of a tuple its items in order, of a set its items sorted, of the rest its value, as text."""
+    """A tuple's items in their order, a set's items sorted, anything else's value as text."""
     match node:
         case ast.Tuple(items):
             return "tuple", *[form(item, sign) for item in items]
@@ -1094,8 +1120,8 @@ def letter(name, sign):
 def power(base, exponent):
     """base ^ exponent, both real. ValueError if it is out of range, as 0 ^ -1 is.
 
-    An odd root of a negative number is negative. An even one is not real: (-1) ^ exponent then
-    counts as the power of one more letter.
+    An odd root of a negative number is negative: (-8)^(1/3) is -2. An even one is not real: there
+    (-1)^exponent is treated like a letter's power, so that (-4)^(1/2) equals itself and no number.
     """
     if not base and float(exponent) > 0:
         return base
@@ -1104,10 +1130,11 @@ def power(base, exponent):
     size = sympy.Float(abs(base) ** exponent, DIGITS)
     if float(base) > 0:
         return size
-    times = abs(exponent) * 3 * 5 * 7  # whole if the exponent is, or has one of these below it
-    whole = int(2 * times + 1) // 2
-    if abs(float(times - whole)) < 1 / LARGEST:
-        return size if whole % 2 == 0 else -size
+    # Is it a whole number, or a fraction over 3, 5 or 7? Then its numerator tells the sign.
+    times = abs(exponent) * 3 * 5 * 7
+    nearest = int(times + sympy.Rational(1, 2))
+    if abs(float(times - nearest)) < 1 / LARGEST:
+        return size if nearest % 2 == 0 else -size
     return size * letter("minus one", 1) ** exponent
 
 
@@ -1116,8 +1143,8 @@ def grade(tokenizer, problems, answers, reward):
     """The reward of each response. problems: P Problems; answers: [P][n] lists of ids; reward:
     reward(response, problem) -> float. -> texts [P][n]; rewards [P, n] in [-1, 1], float64.
 
-    Each response is graded once, by the process that sampled it, and the others are told: two
-    calls of a random, timed or judged reward may differ, and so would the processes' rows."""
+    Each response is graded once, by one process that tells the others: two calls of a random,
+    timed or judged reward may differ, and then so would the rows of the processes."""
     graded = []
     for problem, group in zip(my_share(problems), my_share(answers)):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
@@ -1129,7 +1156,7 @@ def grade(tokenizer, problems, answers, reward):
     return texts, torch.tensor(rewards, dtype=torch.float64)
 
 def checked_reward(reward, response, problem):
-    """reward(response, problem), refused if it is no finite number in [-1, 1]."""
+    """reward(response, problem), which is refused unless it is a number in [-1, 1]."""
     R = reward(response, problem)
     if not isinstance(R, numbers.Real) or not -1 <= R <= 1:  # NaN is not
         raise UserError(f"the reward returned {R!r}: it must be a number from -1 to 1")
@@ -1188,7 +1215,7 @@ def sum_problems():
     return problems
 
 def arithmetic_problems():
-    """2048 built-in Problems, or somewhat fewer since none is there twice: a + b * c."""
+    """Some 2048 built-in Problems, all different: a + b * c."""
     rng = np.random.default_rng(20260409)
     numbers = rng.integers(2, 100, (2048, 3))
     problems = []
@@ -1197,8 +1224,9 @@ def arithmetic_problems():
     return problems
 
 def parse_problem(line, needs_answer):
-    """The Problem that one line of a data file (bytes) holds. Any exception says: it holds none."""
-    row = json.loads(line.decode("utf-8-sig"))  # no other encoding, as json.loads would guess
+    """The Problem that one line of a data file (bytes) holds. Any exception means that it holds
+    none."""
+    row = json.loads(line.decode("utf-8-sig"))  # json.loads would guess other encodings
     key = "problem" if row.get("question") is None else "question"
     question = row.pop(key)
     question = question.encode(errors="replace").decode()  # no lone surrogates
@@ -1218,7 +1246,7 @@ def parse_problem(line, needs_answer):
 def load_problems(source, needs_answer=True):
     """The Problems of a JSON Lines file, or the built-in "sums" or "arithmetic". A line has a
     "question" or "problem", and an "answer": text, a number, or GSM8K's "... #### 18". Its other
-    fields go into Problem.row. A reward of one's own may do without the answer."""
+    fields go into Problem.row. A reward of your own may do without the answer."""
     if source == "sums":
         return sum_problems()
     if source == "arithmetic":
@@ -1236,16 +1264,16 @@ def load_problems(source, needs_answer=True):
         except Exception:  # a line may hold anything
             found = repr(line[:40])  # bytes: whatever is not ASCII is shown as an escape
             raise UserError(
-                f"{source}, line {number}: wanted is {wanted}; this one begins with {found}"
+                f"{source}, line {number}: it must be {wanted}, but begins with {found}"
             ) from None
         problems.append(problem)
     if not problems:
-        raise UserError(f"{source} is empty: wanted is {wanted}")
+        raise UserError(f"{source} is empty: it must be {wanted}")
     return problems
 
 def prompt_ids(tokenizer, question, template="auto"):
-    """The ids of a prompt. "auto" adds a request for a box, and the chat template if there is
-    one; "none" takes the question as it is."""
+    """The ids of a prompt. template: "auto" adds a request for a box, and the chat template if
+    there is one; "none" takes the question as it is."""
     if template == "auto":
         question += "\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
         if tokenizer.chat_template:
@@ -1262,9 +1290,10 @@ def prompt_ids(tokenizer, question, template="auto"):
     return ids
 
 def end_of_turn(tokenizer):
-    """The id of the token that the chat template writes after an assistant's message, or None.
-    It counts only if it was added to the vocabulary, as <|im_end|> is: plain templates go on with
-    a newline there, and every response would stop at its first line."""
+    """The id of the token that the chat template writes after an assistant's message, or None. A
+    Qwen2.5 base model has EOS <|endoftext|>, but a template that writes <|im_end|>. It counts only
+    if it was added to the vocabulary: plain templates go on with a newline there, at which every
+    response would stop. paper silent."""
     marker = "THE ANSWER"
     messages = [
         {"role": "user", "content": "THE QUESTION"},
@@ -1283,8 +1312,9 @@ def end_of_turn(tokenizer):
 
 def load_model(config):
     """The model of --model in float32, on a GPU if there is one, and its tokenizer. No remote code
-    and no pickle is run, and a model whose log-probs would be wrong is refused. Of its
-    generation_config stays what ends a response, and the end of a turn is added."""
+    and no pickle is run, and a model whose log-probs would be wrong is refused. Its
+    generation_config keeps nothing but the ids that end a response, the end of a turn among them.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.model == "embedded":
         torch.set_num_threads(1)  # in so small a model threads only wait for one another
@@ -1293,7 +1323,7 @@ def load_model(config):
         return model.to(device), tokenizer
     source = config.model
     if re.fullmatch("(?i)qwen[^/]*", source) and not Path(source).exists():
-        source = f"Qwen/{source}"
+        source = f"Qwen/{source}"  # Qwen2.5-0.5B is short for Qwen/Qwen2.5-0.5B
     try:
         if find_adapter_config_file(source):
             raise ValueError("it is a LoRA adapter: merge it into its base model first")
@@ -1314,23 +1344,13 @@ def load_model(config):
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
         cause = str(error) or repr(error)
         raise UserError(f"cannot use --model {source}: {cause}") from None
-    ends = response_ends(model, tokenizer)
-    model.generation_config = GenerationConfig(eos_token_id=ends or None)
+    ends = eos_ids(model, tokenizer) | {end_of_turn(tokenizer)} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
     return model, tokenizer
 
-def response_ends(model, tokenizer):
-    """All ids that end a response, sorted: the model's own, the tokenizer's EOS and the end of a
-    turn. A Qwen2.5 base model has EOS <|endoftext|>, and a template that writes <|im_end|>."""
-    own = model.generation_config.eos_token_id  # an id, a list of them, or None
-    ends = set(own) if isinstance(own, list) else {own}
-    ends.add(tokenizer.eos_token_id)
-    ends.add(end_of_turn(tokenizer))
-    ends.discard(None)
-    return sorted(ends)
-
 def check_weights(report):
-    """Raises ValueError if not every weight came from the files: transformers fills the others
-    with random numbers. report: its loading info; a head tied to the embedding is not missing."""
+    """Raises ValueError if not every weight came from the files: transformers makes up the others
+    at random. report: its loading info, in which a head tied to the embedding is not missing."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -1341,19 +1361,19 @@ def check_weights(report):
     if misshapen:
         name, found, wanted = misshapen[0]
         raise ValueError(
-            f"the shape of {name} is {list(found)} in its files, its config.json wants "
-            f"{list(wanted)}"
+            f"{name} has the shape {list(found)} in its files, but {list(wanted)} by its "
+            "config.json"
         )
 
 def check_architecture(model):
-    """Raises ValueError for what sampling and log-probs cannot do: they share, cut and select the
-    keys and values of attention, and take the logits from the head as they are."""
+    """Raises ValueError for what sampling and log-probs cannot do: they share and select the keys
+    and values of attention, and take the logits as they come from the head."""
     cache = DynamicCache(config=model.config)
     recurrent = any(hasattr(layer, "recurrent_states") for layer in cache.layers)
     if recurrent or getattr(model, "_is_stateful", False):
         raise ValueError(
-            "it has recurrent states (as Mamba and linear attention), which cannot be shared "
-            "and cut as the keys and values of attention are"
+            "it has recurrent states (as Mamba or linear attention have), which cannot be shared "
+            "as the keys and values of attention are"
         )
     settings = model.config.get_text_config(decoder=True)
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
@@ -1362,31 +1382,31 @@ def check_architecture(model):
         if value is not None and value != harmless:
             raise ValueError(
                 f"its logits are scaled or capped after the head ({name} is {value} in its "
-                "config.json), the log-probs would be those without it"
+                "config.json), and the log-probs here would be those without that"
             )
 
 def check_tokenizer(model, tokenizer, template):
-    """Raises ValueError if a prompt cannot be made: the chat template may refuse, and where a
-    tokenizer's files are missing some classes start empty, without a word."""
+    """Raises ValueError if it makes no prompts: a chat template may refuse, and some tokenizers
+    start empty, without a word, where their files are missing."""
     ids = prompt_ids(tokenizer, "1 + 1", template)
     if not ids:
         raise ValueError("its tokenizer makes no tokens of a text: its files are missing")
     check_ids(model, ids)
 
 def check_ids(model, ids):
-    """Raises ValueError if a prompt has an id beyond the embedding: on a GPU that is a crash."""
+    """Raises ValueError if an id is beyond the embedding, which would crash a GPU."""
     known = len(model.get_input_embeddings().weight)
     largest = max(ids, default=0)
     if largest >= known:
         raise ValueError(
-            f"its tokenizer or chat template gives the id {largest}, and its embedding ends at "
+            f"its tokenizer or chat template gives the id {largest}, but its embedding ends at "
             f"{known - 1}: they do not belong together"
         )
 
 @torch.no_grad()
 def probe_logprobs(model):
     """Raises ValueError if log-probs through a shared and padded cache are not those of a plain
-    forward pass. Whatever nobody thought of in an architecture shows here."""
+    forward pass. What nobody thought of in an architecture shows here."""
     prompts = [[1, 2, 3], [3, 1], [3, 1]]  # the last is padded, and shares its cache
     responses = [[4], [5, 4], [5, 4]]
     try:
@@ -1422,9 +1442,9 @@ def context_length(model):
     return context
 
 def room_for_prompts(model, config):
-    """How many tokens a prompt may have, so that [s, q] and a response fit into the context. The
-    same for every algorithm, so that all of them train on the same problems."""
-    longest = max(config.init_length, config.max_new_tokens)  # L_q never passes both
+    """How many tokens a prompt may have, so that [s, q] and a response fit into the context. GRPO
+    and evaluations leave room for s, too, so that all runs see the same problems."""
+    longest = max(config.init_length, config.max_new_tokens)  # L_q never exceeds the larger one
     segment = min(config.max_new_tokens, math.ceil(config.split_high * longest))
     context = context_length(model)
     room = context - segment - config.max_new_tokens
@@ -1441,8 +1461,8 @@ def evaluation_sources(config):
     return [name for name in names if name]
 
 def fitting_problems(name, problems, needed, model, tokenizer, config):
-    """Gives Problems the ids of their prompts -> those whose prompt fits, at least `needed`. What
-    is dropped is said aloud."""
+    """Gives Problems the ids of their prompts. -> those whose prompts fit; raises UserError if they
+    are fewer than `needed`. The screen says how many are dropped."""
     room = room_for_prompts(model, config)
     for problem in problems:
         problem.ids = prompt_ids(tokenizer, problem.question, config.template)
@@ -1463,8 +1483,8 @@ def fitting_problems(name, problems, needed, model, tokenizer, config):
     raise UserError(f"{name}: {len(fitting)} problems are too few, {needed} are needed: {advice}")
 
 def load_data(config, model, tokenizer, needs_answer=True):
-    """The Problems to train on, and {name: Problems} to evaluate on, with their prompts' ids.
-    Without --eval_data an eighth, at most 256, is held out, the same ones whatever the seed."""
+    """The Problems to train on, and {name: Problems} to evaluate on, with the ids of their prompts.
+    Without --eval_data an eighth of --data is held out, at most 256, the same whatever the seed."""
     builtin = "sums" if config.model == "embedded" else "arithmetic"
     train = load_problems(config.data or builtin, needs_answer)
     tests = {}
@@ -1483,9 +1503,9 @@ def load_data(config, model, tokenizer, needs_answer=True):
     return train, tests
 
 def character_model(alphabet, seed):
-    """A random Qwen2 of 75k parameters and a tokenizer, for experiments of seconds. alphabet: V - 2
-    tokens, mostly characters, whose ids are their places; <eos> follows them, then <unk>. The
-    chat template writes a question's first line and "=", which should be in the alphabet."""
+    """A random Qwen2 of 75k parameters and its tokenizer, for experiments that take seconds.
+    alphabet: V - 2 tokens, mostly characters; their ids are their places in it, and <eos> and <unk>
+    follow. The chat template writes a question's first line and "=", which must be in it."""
     words = [*alphabet, "<eos>", "<unk>"]
     eos = words.index("<eos>")
     pieces = [(word, -1.0) for word in words]
@@ -1511,17 +1531,17 @@ def character_model(alphabet, seed):
     model = transformers.Qwen2ForCausalLM(settings)
     return model.eval(), tokenizer
 
-def warm_up(model, documents, start, steps):
-    """Supervised training in place, which stands in for pretraining. documents: an iterator of
-    batches of ids [N, T], -1 where there is no token; learned is what stands from column `start`
-    on, where -1 comes only at the end."""
+def pretrain(model, documents, start, steps):
+    """Supervised training, in place. documents: an iterator of batches of ids [N, T], -1 where
+    there is no token. The model learns what stands from column `start` on, where -1 may come only
+    at the end."""
     optimizer = torch.optim.AdamW(model.parameters())
-    for step in tqdm(range(steps), "warm-up of the model", **BAR):
+    for step in tqdm(range(steps), "supervised training of the embedded model", **BAR):
         ids = torch.tensor(next(documents))  # [N, T]
         targets = ids[:, start:]  # [N, T - start]
         cache = DynamicCache(config=model.config)
         seen = ids >= 0
-        hidden = forward(model, ids.clamp(min=0), seen, cache)  # [N, T, D]
+        hidden = forward(model, ids.clamp(min=0), seen, cache)  # [N, T, H]
         logits = model.lm_head(hidden[:, start - 1:-1])  # [N, T - start, V]
         loss = torch.nn.functional.cross_entropy(logits.mT, targets, ignore_index=-1)
         loss.backward()
@@ -1535,8 +1555,8 @@ SUM_ALPHABET = [*"0123456789=", "\\boxed{", "}"]  # a digit is its own id
 
 def worked_sums(seed, batch, slips):
     """Endless batches of documents, ids [batch, 23]: six digits, "=", their running sums modulo 10,
-    the last one boxed, <eos>. A step slips with probability `slips`, and the slip is carried on.
-    In half of the documents a piece of another attempt stands ahead, as the segment in [s, q]."""
+    the last sum boxed, <eos>. A step slips with probability `slips`, and later sums carry the slip
+    on. In half of the documents a piece of another attempt stands ahead, as s does in [s, q]."""
     rng = np.random.default_rng([seed, 0])
     column = np.ones((batch, 1), int)
     equals = SUM_ALPHABET.index("=") * column
@@ -1549,7 +1569,7 @@ def worked_sums(seed, batch, slips):
         slips_now = rng.random((batch, 6)) < slips
         slip = error * slips_now
         work = (digits + slip).cumsum(1) % 10  # [batch, 6]
-        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the same with another row's slips
+        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the sums, with errors of their own
         length = rng.integers(1, 7, (batch, 1))
         ahead = rng.random((batch, 1)) < 0.5
         attempt[np.arange(6) >= length * ahead] = -1
@@ -1557,18 +1577,18 @@ def worked_sums(seed, batch, slips):
 
 def embedded_model(seed, steps=400, batch=64, slips=0.2):
     """A character-level Qwen2 that stands in for a pretrained model: it was shown worked digit sums
-    in which one step in five slips, so that it knows how, yet is often wrong -> model, tokenizer.
+    in which one step in five slips, so that it knows how, yet is often wrong. -> model, tokenizer.
     """
     model, tokenizer = character_model(SUM_ALPHABET, seed)
     documents = worked_sums(seed, batch, slips)
-    warm_up(model, documents, start=13, steps=steps)  # what follows "="
+    pretrain(model, documents, start=13, steps=steps)  # what follows "="
     return model, tokenizer
 
 
 # ---- 12. Several processes (torchrun); one process is a group of one -----------------------------
 def join_processes():
-    """torchrun's processes, one a GPU, or several on the CPU; without torchrun a group of this one
-    alone, so that nothing else asks how many there are. Joins once."""
+    """Joins the processes of torchrun, one per GPU, or several on the CPU. Without torchrun this
+    one is a group by itself, so that nothing else needs to ask how many there are."""
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
@@ -1579,7 +1599,7 @@ def join_processes():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 def rank_and_world():
-    """Which process this is, and how many there are."""
+    """Which process this is, and how many there are; joins them if need be."""
     join_processes()
     return dist.get_rank(), dist.get_world_size()
 
@@ -1607,8 +1627,8 @@ def wait_for_all():
     dist.barrier(device_ids=devices)  # NCCL guesses one otherwise
 
 def seed_generators(seed, step):
-    """Seeds torch, otherwise in each process, and NumPy's generator, alike in all; by seed and step
-    alone, so that a checkpoint holds no generator. -> NumPy's generator."""
+    """Seeds torch, differently in each process. Everything follows from seed and step, so that a
+    checkpoint needs to hold no generator. -> a NumPy generator, the same in all processes."""
     rank, _ = rank_and_world()
     rng = np.random.default_rng([seed, step])
     torch.manual_seed(int(rng.integers(2**62)) + rank)
@@ -1627,17 +1647,18 @@ def shard(model, config):
     """FSDP2: float32 master weights, gradients and moments, of which each process holds its part;
     compute and KV cache in --dtype. One process on a CPU in float32 goes without.
 
-    FSDP gathers the weights that compute before a module's forward pass and frees them behind it.
-    Here they stay whole between two steps of the optimiser, so that no process waits for another
-    while it samples: `unshard` makes them, `reshard` frees them once the masters have moved. Both
-    are called by hand, for FSDP's own hooks know the whole model's forward pass, and this file
-    calls its decoder and its head by themselves. (The hooks still run, 2 to 3 ms per decoder call
-    while sampling; there is no public switch.)"""
+    FSDP gathers the compute copies of the weights before a module's forward pass and frees them
+    after it. Here they stay between two steps of the optimiser, so that no process waits for
+    another while it samples: `unshard` makes them, and `reshard` frees them once the masters have
+    moved. Both are called by hand because FSDP's own hooks know only the whole model's forward
+    pass, while this file calls its decoder and its head. (The hooks run all the same, 2 to 3 ms per
+    decoder call while sampling; there is no public switch.)"""
     cuda = model.device.type == "cuda"
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
     if not cuda and not bf16 and dist.get_world_size() == 1:
         return
-    # cuDNN attention: NaN gradients on H100/H200, masked and 64 modulo 128 long (pytorch 196678)
+    # On H100 and H200 cuDNN's attention gives NaN gradients for masks of some lengths (64 modulo
+    # 128; pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     compute = torch.bfloat16 if bf16 else torch.float32
     policy = MixedPrecisionPolicy(compute, torch.float32)
@@ -1646,20 +1667,20 @@ def shard(model, config):
     for module in [*blocks, model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
-        module.set_gradient_divide_factor(1)  # a sum: a weight is a row's part in the whole batch
+        module.set_gradient_divide_factor(1)  # a sum: Row.weight is a part of the batch
         module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.tensor([[0]], device=model.device))  # makes model the root
     reshard(model)  # an optimiser wants the masters
 
 def unshard(model):
-    """Makes the weights that compute of the masters, where they are not there yet."""
+    """Makes the compute copies of the weights from the masters, where they are not there yet."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
 
 def reshard(model):
-    """Frees the weights that compute."""
+    """Frees the compute copies of the weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -1667,7 +1688,7 @@ def reshard(model):
 
 # ---- 13. The run: loop, screen, files, checkpoints, command line ---------------------------------
 def train(config, reward=math_reward):
-    """Evaluates, trains config.steps steps, evaluates again. reward: see `collect`; with one of
+    """Evaluates, trains config.steps steps, evaluates again. reward: as in `collect`; with one of
     your own a problem needs no answer. -> the run's folder, a Path."""
     c = config
     check_config(c)
@@ -1676,7 +1697,7 @@ def train(config, reward=math_reward):
     model, tokenizer = load_model(c)
     problems, tests = load_data(c, model, tokenizer, needs_answer=reward is math_reward)
     shard(model, c)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), fused=True)
     state = initial_state(len(problems), c)
     if c.resume:
         load_checkpoint(Path(c.out), model, optimizer, state, problems)
@@ -1717,8 +1738,8 @@ def train(config, reward=math_reward):
     return out
 
 def set_learning_rate(optimizer, step, config):
-    """Linear warm-up, then constant (Appendix C). paper silent: it counts training steps.
-    -> the learning rate."""
+    """Linear warm-up, then constant (Appendix C); and the weight decay, since a resumed run may
+    change both. paper silent: the warm-up counts training steps. -> the learning rate."""
     lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -1744,7 +1765,9 @@ def log_evaluation(out, step, name, rollouts, first_accuracy, config):
     warn_of_truncation(metrics, config)
     first = first_accuracy.setdefault(name, metrics["accuracy"])
     if metrics["accuracy"] < first:
-        say("           lower than at first: try --w_up 0.1 or 0, or a lower --lr")
+        upstream = config.algo == "skpo" and config.w_up
+        advice = "--w_up 0.1 or 0, or a lower --lr" if upstream else "a lower --lr"
+        say(f"           lower than at first: try {advice}")
 
 def append_line(path, record):
     """Adds a record to a JSON-lines file; the first process does."""
@@ -1760,11 +1783,11 @@ def say(text):
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 def screen_figures(metrics, names):
-    """"reward -0.438  truncated 0.000": some metrics for the screen."""
+    """Some of the metrics for the screen, as in "reward -0.438  truncated 0.000"."""
     return "  ".join(f"{name} {metrics[name]:.3f}" for name in names)
 
 def warn_of_truncation(metrics, config):
-    """Says what helps where nearly no response comes to its end."""
+    """Says what to do where hardly any response comes to its end."""
     if metrics["truncated"] >= 0.9:
         say(f"           {metrics['truncated']:.0%} of the responses were cut at --max_new_tokens "
             f"{config.max_new_tokens}, mostly before an answer: raise it")
@@ -1778,8 +1801,8 @@ def telling_rollout(rollouts):
     return rollouts[0]
 
 def show_rollout(rollout, config):
-    """Prints what the model read and wrote: [s, q], the segment marked, then the first right and
-    the first wrong response. Before any step, and with GRPO, there is no segment."""
+    """Prints what the model read and wrote: [s, q] with the segment marked, then the first right
+    and the first wrong response. Before any step, and with GRPO, there is no segment."""
     prompt = f"prompt {printable(rollout['prompt'])}"
     if rollout["segment"] is not None:
         text = printable(rollout["segment"])
@@ -1790,12 +1813,13 @@ def show_rollout(rollout, config):
         else:
             prompt = f"{segment} | {prompt}"
     say(f"           {prompt}")
-    right = [r for r in rollout["responses"] if r["reward"] > 0]
-    wrong = [r for r in rollout["responses"] if r["reward"] <= 0]
-    for response, color in zip(right[:1] + wrong[:1], ["green"] * len(right[:1]) + ["red"]):
+    right = [response for response in rollout["responses"] if response["reward"] > 0]
+    wrong = [response for response in rollout["responses"] if response["reward"] <= 0]
+    for response in right[:1] + wrong[:1]:
+        text = paint(printable(response["text"]), "green" if response["reward"] > 0 else "red")
         end = ", cut at --max_new_tokens" if response["truncated"] else ""
-        figures = f"reward {response['reward']:+g} (A {response['advantage']:+.2f}){end}"
-        say(f"           -> {paint(printable(response['text']), color)} {figures}")
+        say(f"           -> {text} reward {response['reward']:+g} (A {response['advantage']:+.2f})"
+            f"{end}")
 
 def printable(text, most=300):
     """A model's text in quotes, for a terminal: one line; control characters, which could move the
@@ -1842,7 +1866,10 @@ def conclude(out, config):
     elif config.data or config.model == "embedded":
         on = f" --data {config.data or 'sums'}"
     say(f"the model is in {out / 'model'}, beside it are metrics.jsonl and rollouts.jsonl")
-    say(f"to evaluate it:    python skpo.py --steps 0 --model {out / 'model'}{on}")
+    if config.template != "auto":
+        on += f" --template {config.template}"
+    say(f"to evaluate it:    python skpo.py --steps 0 --model {out / 'model'}{on} --max_new_tokens "
+        f"{config.max_new_tokens}")
     say(f"to go on with it:  python skpo.py --resume --out {out} --steps {2 * config.steps}")
 
 # -- the run's folder, checkpoints
@@ -1873,11 +1900,11 @@ def check_run_folder(config, reward):
     expected |= {"config.tmp", "checkpoint.tmp"}
     unfinished = saved is not None and not has_checkpoint and names <= expected
     if names and not unfinished:
-        raise UserError(f"--out {out} is not empty: --resume goes on with the run in it, or choose "
+        raise UserError(f"--out {out} is not empty: go on with the run in it (--resume), or choose "
                         "another folder")
 
 def read_run_config(out):
-    """What config.json in a run's folder holds, a dict; None if there is none of ours."""
+    """What the config.json of a run's folder holds, a dict; None if it is not one of ours."""
     try:
         saved = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
@@ -1906,7 +1933,8 @@ def open_run_folder(config, reward):
     return Path(names[0])
 
 def new_folder(name):
-    """Makes a folder that was not there: two runs may start in the same second. -> its name."""
+    """Makes a folder, with another name if there is one: two runs may start in the same second.
+    -> its name."""
     number = 1
     path = name
     while True:
@@ -1924,9 +1952,9 @@ def reward_name(reward):
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save_checkpoint(out, model, tokenizer, optimizer, state):
-    """The model as a transformers folder, and all that a run needs to go on in checkpoint.pt, which
-    takes its name by a rename: a kill leaves the old one or the new. What the logs hold beyond
-    their sizes here is cut off on resume."""
+    """Writes the model as a transformers folder, and all that a run needs to go on as
+    checkpoint.pt. That one takes its name by a rename, so that a kill leaves the old one or the
+    new. What the logs hold beyond their sizes of now is cut off on resume."""
     weights, moments = sharded.get_state_dict(model, optimizer, options=WHOLE)
     if not is_first_process():
         return
@@ -1946,7 +1974,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, state):
     unfinished = out / "checkpoint.tmp"
     try:
         tokenizer.save_pretrained(out / "model")
-        model.save_pretrained(out / "model", state_dict=dict(weights))  # it empties the dict
+        model.save_pretrained(out / "model", state_dict=dict(weights))  # a copy: it empties it
         torch.save(saved, unfinished)
         os.replace(unfinished, out / "checkpoint.pt")  # last: this counts as done
     except Exception as error:  # a full disk has many names
@@ -1988,7 +2016,8 @@ def load_checkpoint(out, model, optimizer, state, problems):
 # -- the command line
 def parse_config(argv):
     """The command line as a Config. What no flag sets is the paper's, but the embedded model, a
-    machine without a GPU and a resumed run have defaults of their own."""
+    machine without a GPU and a resumed run have defaults of their own. Config's comments are the
+    help: they are read off its source."""
     comments = re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config))
     help_texts = dict(comments)
     for field_of_config in fields(Config):
@@ -2024,22 +2053,21 @@ def explain_small_plan(config):
             f"responses of up to {c.max_new_tokens} tokens.")
     say("--help shows every flag with the paper's value.")
     if c.steps and c.algo == "skpo" and c.w_up > 0.1:
-        say(f"In small runs the upstream loss did harm at the paper's weight, --w_up {c.w_up}: 0.1 "
-            "or 0 is safer.")
+        say(f"In small runs the upstream loss did harm at --w_up {c.w_up}: 0.1 or 0 is safer.")
 
 def check_config(config):
     """Raises UserError, which says what to do, for flags that make no sense."""
     c = config
     for name, value in vars(c).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise UserError(f"--{name} {value}: wanted is a number from 0 up")
+            raise UserError(f"--{name} {value}: it must be a number from 0 up")
     positive = [
         "lr", "tau", "init_length", "max_grad_norm", "explore_eps", "eval_samples", "micro_tokens",
         "max_new_tokens", "max_prompt_tokens", "prompts_per_step", "minibatches", "split_low",
     ]
     for name in positive:
         if not getattr(c, name):
-            raise UserError(f"--{name} 0: wanted is more than 0")
+            raise UserError(f"--{name} 0: it must be more than 0")
     if c.prompts_per_step % c.minibatches:
         raise UserError(f"--prompts_per_step {c.prompts_per_step} must be a multiple of "
                         f"--minibatches {c.minibatches}")
@@ -2048,13 +2076,13 @@ def check_config(config):
     if c.clip_low >= 1:
         raise UserError("--clip_low must be below 1")
     if not c.rho_min <= c.rho_max <= 1:
-        raise UserError("wanted is --rho_min <= --rho_max <= 1")
+        raise UserError("--rho_min, --rho_max: it must be that rho_min <= rho_max <= 1")
     if not c.split_low <= c.split_high <= 1:
-        raise UserError("wanted is --split_low <= --split_high <= 1")
+        raise UserError("--split_low, --split_high: it must be that split_low <= split_high <= 1")
     if c.temperature == 0 and c.steps:
         raise UserError("--temperature 0 is greedy: it can be evaluated (--steps 0), not trained")
     if c.algo == "grpo" and c.ablation != "none":
-        raise UserError(f"--ablation {c.ablation} is one of SKPO, not of --algo grpo")
+        raise UserError(f"--ablation {c.ablation} belongs to SKPO, not to --algo grpo")
     if c.resume and not (c.out and c.steps):
         raise UserError("--resume needs the run's folder, --out, and --steps above 0")
     if c.model.startswith((".", "/", "~")) and not Path(c.model).is_dir():

@@ -989,7 +989,7 @@ def test_the_first_bad_line_is_named(tmp_path, line):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "a", "answer": "1"}\n\n' + line)
     message = refusal(skpo.load_problems, path)
-    assert message.startswith(f"{path}, line 3: wanted is JSON Lines")
+    assert message.startswith(f"{path}, line 3: it must be JSON Lines")
     assert len(message) < len(str(path)) + 250
 
 ROW = {"question": "a", "answer": "1"}
@@ -1008,7 +1008,7 @@ def test_what_is_not_json_lines_is_shown_safely(tmp_path, content, shown):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     message = refusal(skpo.load_problems, path)
-    assert "line 1: wanted is JSON Lines" in message
+    assert "line 1: it must be JSON Lines" in message
     assert shown in message
     assert message.isprintable()
 
@@ -1271,8 +1271,7 @@ def test_a_wrong_shape_is_said_in_words(copied):
         weights["model.norm.weight"] = torch.ones(65)
     change_weights(copied, widen)
     message = refusal(load, copied)
-    assert "the shape of model.norm.weight is [65] in its files" in message
-    assert "wants [64]" in message
+    assert "model.norm.weight has the shape [65] in its files, but [64]" in message
 
 def test_weights_that_are_not_numbers_are_refused(copied):
     def spoil(weights):
@@ -1306,7 +1305,7 @@ def test_ids_beyond_the_embedding_are_refused(copied):
     tokenizer = skpo.AutoTokenizer.from_pretrained(copied)
     tokenizer.add_tokens(["<|im_start|>"])
     beyond = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    words = f"gives the id {beyond}, and its embedding ends at 14"
+    words = f"gives the id {beyond}, but its embedding ends at 14"
     tokenizer.save_pretrained(copied)
     model, tokenizer = load(copied)  # no prompt need hold it
     problems = [Problem("1<|im_start|>", "1")]
@@ -1370,7 +1369,7 @@ def test_a_warm_up_teaches_what_follows_the_start():
             row[::2, -1] = -1  # half of the documents are shorter
             yield row
     model, _ = skpo.character_model([*"01234567="], seed=0)
-    skpo.warm_up(model, counting(), start=2, steps=60)
+    skpo.pretrain(model, counting(), start=2, steps=60)
     logits = model(torch.tensor([[5, 6, 7, 0, 1], [1, 2, 3, 4, 5]])).logits
     assert logits.argmax(-1)[:, 1:].tolist() == [[7, 0, 1, 2], [3, 4, 5, 6]]
 
@@ -1668,7 +1667,7 @@ def files(tmp_path, folder):
     ("--model x --data @/none", "no file"),
     ("--model x --eval_data @/good,@/none", "no file"),
     ("--model @/model --data @/few", "lower --prompts_per_step"),
-    ("--model @/model --data @/broken", "line 2: wanted is JSON Lines"),
+    ("--model @/model --data @/broken", "line 2: it must be JSON Lines"),
     ("--data @/good", "need a --model"),
     ("--out @/run", "is not empty"),
     ("--out @/model", "is not empty"),
@@ -1681,18 +1680,18 @@ def files(tmp_path, folder):
     ("--resume --out @/torn --steps 0", "--steps above 0"),
     ("--group_sze 4", "--group_sze"),
     ("--group_size 1", "2 responses at least"),
-    ("--prompts_per_step 0", "--prompts_per_step 0: wanted is more than 0"),
+    ("--prompts_per_step 0", "--prompts_per_step 0: it must be more than 0"),
     ("--minibatches 3", "multiple of --minibatches 3"),
-    ("--lr nan", "--lr nan: wanted"),
-    ("--lr 0", "--lr 0: wanted"),
+    ("--lr nan", "--lr nan: it must be"),
+    ("--lr 0", "--lr 0: it must be"),
     ("--lr fast", "invalid float"),
     ("--steps -1", "from 0 up"),
     ("--split_low 0.6", "--split_high"),
-    ("--split_high 2", "--split_high <= 1"),
+    ("--split_high 2", "split_high <= 1"),
     ("--rho_min 0.99", "--rho_max"),
     ("--clip_low 1", "--clip_low must be below 1"),
     ("--temperature 0", "--steps 0"),
-    ("--algo grpo --ablation no_mc", "not of --algo grpo"),
+    ("--algo grpo --ablation no_mc", "not to --algo grpo"),
     ("--algo ppo", "invalid choice"),
 ])
 def test_a_mistake_gets_one_line_and_loses_nothing(files, quick, capsys, arguments, words):
