@@ -50,7 +50,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # a KV cache grows
+# Otherwise a growing KV cache fragments the memory of a GPU.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import sympy
 import tokenizers
@@ -58,7 +59,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from packaging.version import Version
-from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.checkpoint import state_dict as state_dict_api
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -97,7 +98,7 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     clip_low: float = 0.2  # ratios are clipped at 1 - this; upstream and with grpo at 1 + this too
     clip_high: float = 0.28  # downstream ratios are clipped at 1 + this (Clip-Higher)
-    w_up: float = 0.5  # weight of the upstream loss (eq. 4), skpo only; small runs: 0 or 0.1
+    w_up: float = 0.5  # weight of the upstream loss (eq. 4), skpo only; in small runs 0 or 0.1
     w_down: float = 0.5  # weight of the downstream loss (eq. 4), skpo only
     split_low: float = 1 / 6  # t_q is drawn between split_low * L_q ...
     split_high: float = 1 / 2  # ... and split_high * L_q
@@ -109,7 +110,7 @@ class Config:
     template: Literal["auto", "none"] = "auto"  # auto: ask for a box, in the chat template if any
     micro_tokens: int = 4096 if torch.cuda.is_available() else 1024  # tokens in a training pass
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: bfloat16 on a GPU
-    seed: int = 0  # the same seed gives the same numbers on the same machine, if it is a CPU
+    seed: int = 0  # on the same CPU the same seed gives the same numbers; on a GPU it may not
     eval_every: int = 50  # steps between evaluations; one comes first and one last; 0: none
     eval_samples: int = 4  # k of avg@k and pass@k: samples of each evaluation problem
     eval_problems: int = 0  # how many of each evaluation set are used; 0: all
@@ -177,8 +178,8 @@ def split_position(length, rng, low=1 / 6, high=1 / 2):
 def cut_segment(sample):
     """A segment that ended before its pause is cut to half of its length (Section 3.1).
 
-    paper silent: EOS is not counted, but a segment of EOS alone stays as it is; an EOS on the very
-    token of the pause is an end."""
+    paper silent: EOS is not counted, but a segment of EOS alone keeps it; one whose last token
+    before the pause is EOS has ended, too. -> Sample."""
     if not sample.finished:
         return sample
     length = len(sample.tokens) - 1  # without EOS
@@ -191,7 +192,7 @@ def select_segment(logprobs, statistic=np.median):
 
     logprobs: G lists of nats; statistic: np.median, or np.min and np.max for an ablation.
     -> index of the d nearest to statistic(d). paper silent: the first one on a tie."""
-    d = [-np.mean(segment) for segment in logprobs]  # [G], nats per token
+    d = np.array([-np.mean(segment) for segment in logprobs])  # [G], nats per token
     gap = np.abs(d - statistic(d))
     gap = gap.round(9)  # with an even G the two middle ones are equally near, but for rounding
     return int(gap.argmin())
@@ -200,7 +201,7 @@ def skip_prompt(segment, prompt, bos_token_id=None):
     """The skip connection (Section 3.1): [s, q], the segment FIRST, then the whole prompt.
 
     Lists of ids, joined as they are. paper silent: a BOS that opens q, and stands in it once, moves
-    to the very front. (SmolLM2's BOS opens every turn, and stays where it is.)"""
+    to the very front. (SmolLM2's BOS opens every turn, and stays where it is.) -> list of ids."""
     opens = prompt[0] == bos_token_id and prompt.count(bos_token_id) == 1
     front = prompt[:1] if opens else []
     rest = prompt[len(front):]
@@ -336,7 +337,7 @@ def collect(model, tokenizer, problems, state, config, reward):
 
     # 2. Upstream, phase I: G segments per prompt, each paused at t_q (eq. 2).
     low, high = c.split_low, c.split_high
-    if c.ablation == "fixed_split":  # Table 2: one end of the range, then the other
+    if c.ablation == "fixed_split":  # Table 2: the far end on odd steps, the near one on even
         low = high = c.split_high if odd else c.split_low
     t_q = [split_position(L_q, rng, low, high) for L_q in L]  # [B], tokens
     t_q = np.minimum(t_q, c.max_new_tokens)
@@ -344,7 +345,7 @@ def collect(model, tokenizer, problems, state, config, reward):
 
     # 3. Keep the segment of median surprise; the others are dropped.
     statistic = np.median
-    if c.ablation == "extreme_selection":  # Table 2: the likeliest, then the least likely
+    if c.ablation == "extreme_selection":  # Table 2: least likely on odd steps, likeliest on even
         statistic = np.max if odd else np.min
     segments = []  # [B] Samples
     uncut = []  # [B] Samples, the same as they were drawn
@@ -356,21 +357,22 @@ def collect(model, tokenizer, problems, state, config, reward):
 
     # 4. The skip connection: the segment first, then the prompt.
     bos = tokenizer.bos_token_id
-    x = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [s, q]: [B] lists of ids
+    down_prompts = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [s, q]: [B]
     limits = c.max_new_tokens
     if c.ablation == "no_skip":  # Table 2: go on after [q, s]. paper silent: s + o has the limit
-        x = [s.prompt + s.tokens for s in segments]
+        down_prompts = [s.prompt + s.tokens for s in segments]
         limits = [max(1, c.max_new_tokens - len(s.tokens)) for s in segments]
 
     # 5. Downstream, phase II: G complete responses. paper silent: each gets the full limit after
     # [s, q], and its length is measured without s (but with it in no_skip).
-    responses = distributed_generate(model, tokenizer, x, c.group_size, limits, c)  # [B][G] Samples
+    responses = distributed_generate(  # [B][G] Samples
+        model, tokenizer, down_prompts, c.group_size, limits, c)
 
     # 6. Rewards, and the Monte Carlo value of the segment (eq. 3).
-    answers = [token_lists(group) for group in responses]  # [B][G] lists of ids
+    complete = [token_lists(group) for group in responses]  # [B][G] lists of ids
     if c.ablation == "no_skip":
-        answers = [token_lists(group, s.tokens) for s, group in zip(segments, responses)]
-    texts, R_II = grade(tokenizer, q, answers, reward)  # [B][G], [B, G]
+        complete = [token_lists(group, s.tokens) for s, group in zip(segments, responses)]
+    texts, R_II = grade(tokenizer, q, complete, reward)  # [B][G], [B, G]
     R_I = monte_carlo_value(R_II)  # [B]
     tokens = count_tokens(drawn) + count_tokens(responses)
     if c.ablation == "no_mc":  # Table 2: the outcome of the segment's own continuation
@@ -380,18 +382,19 @@ def collect(model, tokenizer, problems, state, config, reward):
     # 7. Downstream advantages.
     A_II = group_advantages(R_II)  # [B, G]
 
-    # 8. Upstream advantages. At a first visit V(q) is 0. In small runs, where most visits are first
-    # ones, that pushes down what is solved: see "First visits" in the README.
+    # 8. Upstream advantages. At a first visit V(q) is 0 and A is R_I, which lifts the batch's mean
+    # once most first visits succeed. Prompts that are seen and solved, with A near 0, then fall
+    # below that mean and are trained down. In small runs this does harm: README, "First visits".
     A_I = upstream_advantages(R_I, V)  # [B]
 
     # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
     # paper silent: eq. 5 is read as written, a mean over the tokens of a group; Appendix C's
     # "tokens contribute equally" could be one over the tokens of the mini-batch. EOS counts.
-    share = c.minibatches / c.prompts_per_step  # of a prompt in its mini-batch
+    prompt_weight = c.minibatches / c.prompts_per_step  # in its mini-batch
     rows = []  # [B] lists of 1 + G Rows
     for s, group, A_s, A_group in zip(segments, responses, A_I.tolist(), A_II.tolist()):
-        weight_up = c.w_up * share / len(s.tokens)
-        weight_down = c.w_down * share / count_tokens([group])
+        weight_up = c.w_up * prompt_weight / len(s.tokens)
+        weight_down = c.w_down * prompt_weight / count_tokens([group])
         group_rows = [Row(s, A_s, weight_up, ppo_clip=True)]  # eq. 6
         for o, A in zip(group, A_group):
             group_rows.append(Row(o, A, weight_down, ppo_clip=False))  # eq. 5
@@ -403,7 +406,7 @@ def collect(model, tokenizer, problems, state, config, reward):
     seen = [b for b, i in enumerate(chosen) if i in state.kept]
     if seen:
         D[seen] = policy_drift(model, [state.kept[chosen[b]] for b in seen], c)
-    lengths = np.array([[len(ids) for ids in group] for group in answers])  # [B, G], tokens
+    lengths = np.array([[len(ids) for ids in group] for group in complete])  # [B, G], tokens
     state.values.update(chosen, R_I, D)
     state.lengths.update(chosen, lengths.mean(1), D)
     state.kept.update(zip(chosen.tolist(), segments))
@@ -425,7 +428,8 @@ def collect(model, tokenizer, problems, state, config, reward):
 def collect_grpo(model, tokenizer, problems, state, config, reward):
     """GRPO as published (Shao et al. 2024), the paper's baseline: G responses from q, the group's
     advantages, PPO's clip at 1 +- clip_low (the form of eq. 6), a mean over the tokens of a
-    response, then over responses, no KL. Takes and returns what `collect` does.
+    response, then over responses, no KL. Takes what `collect` does, and returns the same but for
+    the segments and their metrics.
 
     paper silent: prompts are chosen as for SKPO, with D = 0."""
     c = config
@@ -435,18 +439,18 @@ def collect_grpo(model, tokenizer, problems, state, config, reward):
     prompts = [problem.ids for problem in q]  # [B] lists of ids
     limit = c.max_new_tokens
     responses = distributed_generate(model, tokenizer, prompts, c.group_size, limit, c)  # [B][G]
-    answers = [token_lists(group) for group in responses]  # [B][G] lists of ids
-    texts, R = grade(tokenizer, q, answers, reward)  # [B][G], [B, G]
+    complete = [token_lists(group) for group in responses]  # [B][G] lists of ids
+    texts, R = grade(tokenizer, q, complete, reward)  # [B][G], [B, G]
     A = group_advantages(R)  # [B, G]
     state.values.update(chosen, R.mean(1), 0.0)
 
-    share = c.minibatches / c.prompts_per_step / c.group_size  # of a response in its mini-batch
+    response_weight = c.minibatches / c.prompts_per_step / c.group_size  # in its mini-batch
     rows = []  # [B] lists of G Rows
     rollouts = []  # [B] dicts
     for b, index in enumerate(chosen.tolist()):
         group_rows = []
         for o, advantage in zip(responses[b], A[b].tolist()):
-            weight = share / len(o.tokens)
+            weight = response_weight / len(o.tokens)
             group_rows.append(Row(o, advantage, weight, ppo_clip=True))
         rows.append(group_rows)
         record = rollout_record(tokenizer, q[b], responses[b], texts[b], R[b], A[b])
@@ -469,13 +473,13 @@ def own_outcomes(model, tokenizer, problems, segments, uncut, config, reward):
     limit = config.max_new_tokens
     onward = distributed_generate(model, tokenizer, prompts, 1, limit, config)  # [P][1] Samples
     continuations = [token_lists(group, s.tokens) for s, group in zip(paused, onward)]  # [P][1]
-    answers = []  # [B][1] lists of ids
+    complete = []  # [B][1] lists of ids
     for whole in uncut:
         if whole.finished:
-            answers.append([whole.tokens])
+            complete.append([whole.tokens])
         else:
-            answers.append(continuations.pop(0))
-    _, outcomes = grade(tokenizer, problems, answers, reward)  # [B, 1]
+            complete.append(continuations.pop(0))
+    _, outcomes = grade(tokenizer, problems, complete, reward)  # [B, 1]
     return outcomes[:, 0], count_tokens(onward)
 
 @torch.no_grad()
@@ -509,8 +513,8 @@ def count_tokens(groups):
 def rollout_record(tokenizer, problem, samples, texts, rewards, advantages):
     """One prompt's rollout for the screen, rollouts.jsonl and analyses: text and plain numbers.
 
-    samples: G Samples; texts: [G]; rewards, advantages: [G]. `collect` fills in what belongs to the
-    segment: its text, its value R_I and its advantage."""
+    samples: G Samples; texts: [G]; rewards, advantages: [G]. -> dict; `collect` fills in what
+    belongs to the segment: its text, its value R_I and its advantage."""
     responses = []
     for o, text, R, A in zip(samples, texts, rewards.tolist(), advantages.tolist()):
         response = dict(text=text, reward=R, advantage=A, truncated=not o.finished)
@@ -526,7 +530,7 @@ def rollout_record(tokenizer, problem, samples, texts, rewards, advantages):
     )
 
 def response_metrics(responses, lengths, rewards, advantages):
-    """The metrics of the responses: [B][G] Samples; lengths, rewards, advantages: [B, G].
+    """The metrics of the responses: [B][G] Samples; lengths, rewards, advantages: [B, G]. -> dict
 
     zero_advantage: the share of prompts whose G advantages are all 0, which teach nothing.
     entropy: of the policy that sampled, nats, the mean of -log pi over the tokens."""
@@ -547,8 +551,8 @@ def response_metrics(responses, lengths, rewards, advantages):
 
 # ---- 6. Learn: step 10, one optimiser step per mini-batch, cut into passes -----------------------
 def learn(model, optimizer, rows, config):
-    """Step 10: one optimiser step on each mini-batch of B / minibatches prompts. The optimiser's lr
-    and weight decay are the caller's. rows: [B] lists of Rows. -> metrics, a dict:
+    """Step 10: one optimiser step on each mini-batch of B / minibatches prompts. The caller sets
+    the optimiser's lr and weight decay. rows: [B] lists of Rows. -> metrics, a dict:
 
     ratio_up, clip_up: mean importance ratio of the tokens trained by eq. 6, and the share of them
     whose ratio is clipped, whatever the advantage's sign; ratio_down, clip_down: of those trained
@@ -571,11 +575,12 @@ def learn(model, optimizer, rows, config):
     return metrics
 
 def optimizer_step(model, optimizer, rows, config):
-    """One step of the optimiser on the Rows of a mini-batch. What has no advantage or no weight has
-    no gradient and is not run.
+    """One step of the optimiser on the Rows of a mini-batch, cut into passes (micro-batches) whose
+    gradients add up. What has no advantage or no weight has no gradient and is not run.
 
     paper silent: with no advantage at all nothing moves, because AdamW skips weights that have no
-    gradient. -> the gradient's norm; ratios [2, 3] as in `pass_loss`, summed over the passes."""
+    gradient. -> the gradient's norm before it is scaled down; ratios [2, 3] as in `pass_loss`,
+    summed over the passes."""
     rows = [row for row in rows if row.advantage and row.weight]
     samples = [row.sample for row in rows]
     ratios = torch.zeros(2, 3, device=model.device)
@@ -587,7 +592,7 @@ def optimizer_step(model, optimizer, rows, config):
         loss.backward()
         ratios += sums
     dist.all_reduce(ratios)
-    masters = optimizer.param_groups[0]["params"]  # model.parameters() are the compute copies now
+    masters = optimizer.param_groups[0]["params"]  # model.parameters() are copies: `shard`
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not a finite number: --resume with a lower --lr")
@@ -641,10 +646,12 @@ def micro_batches(samples, limit):
 
     Every process must take the same number of passes, because FSDP sums their gradients pass by
     pass: where they do not divide evenly, some get an empty one."""
+    # Sorted by length class, a factor of sqrt 2 wide, and then by prompt, so that equal prompts
+    # meet in a pass and are run once.
     order = []
     for i, sample in enumerate(samples):
-        size_class = round(2 * math.log2(len(sample.tokens)))  # like lengths: a factor of sqrt 2
-        order.append((size_class, sample.prompt, i))  # within it equal prompts, which run once
+        length_class = round(2 * math.log2(len(sample.tokens)))
+        order.append((length_class, sample.prompt, i))
     passes = []
     for _, _, i in sorted(order):
         fits = False
@@ -676,7 +683,7 @@ CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "pa
 
 @dataclass
 class SamplingRow:
-    """A sample while it is drawn."""
+    """A sample that is still being drawn."""
     prompt: list  # ids
     limit: int  # tokens that it may have
     tokens: list = field(default_factory=list)  # ids so far
@@ -707,7 +714,7 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     as long for few rows as for many, so once half of a turn's rows are done while others wait, the
     rest go to the end of the queue. That costs one more prefill, of prompt and tokens so far."""
     if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # what peft wraps; its adapters are inside
+        model = model.get_base_model()  # inside a peft wrapper, if you use one; adapters included
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
     rows = []
     for prompt, limit in zip(prompts, limits):
@@ -723,8 +730,9 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     with (generation_config_replaced(model, softmax_only),
           tqdm(total=len(rows), bar_format=counts, **BAR) as bar):
         while queue:
-            # A long row that came back and a short one, side by side, could take more columns than
-            # the context has. No turn is wider than the first could have been.
+            # The longest row so far and the one that may still take most can be two rows, whose sum
+            # exceeds the context. The cap is the width that a first turn of all rows could have
+            # had; rows that it stops go back into the queue, too.
             width = min(widest, turn_width(queue))
             fit = rows_that_fit(model, width)
             turn = queue[:fit]
@@ -778,9 +786,9 @@ def sample_turn(model, rows, width, eos, temperature, others_wait, bar):
         staying = [i for i, row in enumerate(rows) if not row.done]
         bar.update(len(rows) - len(staying))
         rows = [rows[i] for i in staying]
-        drawn = torch.ones_like(tokens, dtype=torch.bool)  # [N, C]; those who stay took them all
+        taken = torch.ones_like(tokens, dtype=torch.bool)  # [N, C]: a row that stays took them all
         ids = torch.cat([ids, tokens], 1)[staying]  # [fewer, S + C]
-        mask = torch.cat([mask, drawn], 1)[staying]  # [fewer, S + C]
+        mask = torch.cat([mask, taken], 1)[staying]  # [fewer, S + C]
         cache.batch_select_indices(staying)
 
 def draw(model, ids, mask, cache, count, temperature):
@@ -788,15 +796,16 @@ def draw(model, ids, mask, cache, count, temperature):
     [N, C] and their log-probs [N, C], nats; after an EOS neither means anything.
 
     For each token transformers calls the processor with the scores, draws, and calls the stopping
-    criterion with the token. Between them they keep one log-prob per row, and no scores."""
+    criterion with the token. Together they keep one log-prob per row and token, and of the scores
+    only the latest."""
     scaled = Temperature(temperature or 1.0)
-    drawn = DrawnLogprobs(scaled)
+    gathered = DrawnLogprobs(scaled)
     output = model.generate(
         ids, attention_mask=mask.long(), max_new_tokens=count, synced_gpus=False,
         logits_processor=LogitsProcessorList([scaled]),
-        stopping_criteria=StoppingCriteriaList([drawn]), **{CACHE: cache})
+        stopping_criteria=StoppingCriteriaList([gathered]), **{CACHE: cache})
     tokens = output.sequences[:, ids.shape[1]:]  # [N, C]
-    logprobs = torch.stack(drawn.logprobs, 1)  # [N, C]
+    logprobs = torch.stack(gathered.logprobs, 1)  # [N, C]
     # On a GPU transformers may notice one step late that all rows have ended; it drops that token.
     return tokens, logprobs[:, :tokens.shape[1]]
 
@@ -856,7 +865,7 @@ def padded(rows, device, left=False):
     return ids.to(device), mask.to(device)
 
 def forward(model, ids, mask, cache):
-    """Runs the columns of ids [N, S + T] that the cache, of S, does not hold yet; it takes up their
+    """Runs the columns of ids [N, S + T] that the cache, of S, does not hold yet; it gains their
     keys and values, with gradients if any. -> hidden states [N, T, H]."""
     start = cache.get_seq_length()
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [N, S + T]; padding takes up none
@@ -881,9 +890,9 @@ def prefill(model, prompts):
     while end < ids.shape[1] - 1:
         end = min(end + columns, ids.shape[1] - 1)
         forward(model, ids[:, :end], mask[:, :end], cache)
-    rows = [index_of[tuple(prompt)] for prompt in prompts]  # [N], from P to N rows
-    cache.batch_select_indices(rows)
-    return ids[rows], mask[rows], cache
+    sources = [index_of[tuple(prompt)] for prompt in prompts]  # [N]
+    cache.batch_select_indices(sources)  # from P to N rows
+    return ids[sources], mask[sources], cache
 
 def response_logprobs(model, prompts, responses, temperature=1.0):
     """log pi(o_t | prompt, o_<t) of each response token, with gradients. prompts, responses: N
@@ -916,9 +925,9 @@ def target_logprobs(head, hidden, targets, temperature):
 
 
 # ---- 9. Rewards: is the last box right? ----------------------------------------------------------
-# Skip to room 10 unless you care about grading. Two answers are equal if their normal forms are: of
-# what can be computed the value, of everything else the text. A model wrote these texts: they are
-# read, and never run.
+# Skip to section 10 unless you care about grading. Two answers are equal if their normal forms are.
+# The normal form is the value of an answer that can be computed, and otherwise its tidied text. A
+# model wrote these texts: they are read, and never run.
 
 DIGITS = 150  # how many digits are computed
 COMPARED = 110  # how many of them must agree
@@ -935,7 +944,7 @@ GREEK = ("alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|ps
          "Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega")
 NO_VALUE = r"\\\g<0>"  # puts a backslash before it, which `expression` then refuses
 
-# The two tables are applied row by row, in their order. Each row: pattern, replacement, example.
+# Both tables are applied row by row, in their order: pattern, replacement, example or reason.
 TIDY = [  # ways to write the same become one
     (r"\\\\\s*", ";", r"1 & 2 \\ 3 & 4 -> 1 & 2 ;3 & 4"),
     (r"\{[bp]matrix\}", "{matrix}", "{pmatrix} -> {matrix}"),
@@ -973,6 +982,8 @@ TIDY = [  # ways to write the same become one
 
 PYTHON = [  # tidy LaTeX becomes a Python expression
     (r"(?<![\\a-zA-Z])(?:[a-zA-Z]{3,}|ln|lg|tg)", NO_VALUE, "arcsin x has no value"),
+    # A letter before a bracket may be a function or a factor. It counts as a factor only if the
+    # bracket holds a letter and a sum, as in x(x + 1).
     (rf"[fgFG](?:\^\{{?-1\}}?)?\(|{CALLED}(?![^()]*[\w}}] ?[-+])", NO_VALUE, "f(2x) has no value"),
     (rf"{CALLED}(?![^()]*[a-zA-Z])", NO_VALUE, "I(0) has no value"),
     (r"(?<![a-zA-Z])_", NO_VALUE, "1010_2 has no value"),
@@ -1099,9 +1110,9 @@ def number(node, sign):
             result = number(left, sign) * power(number(right, sign), -1)
         case ast.BinOp(base, ast.Pow(), exponent):
             result = power(number(base, sign), number(exponent, sign))
-        case ast.Subscript(ast.Subscript(ast.Name("frac"), above), below):
+        case ast.Subscript(ast.Subscript(ast.Name("frac"), above), below):  # frac[1][2]
             result = number(above, sign) * power(number(below, sign), -1)
-        case ast.Subscript(ast.Subscript(ast.Name("root"), degree), base):
+        case ast.Subscript(ast.Subscript(ast.Name("root"), degree), base):  # root[3][8]
             result = power(number(base, sign), power(number(degree, sign), -1))
         case _:
             raise ValueError("no number")
@@ -1130,7 +1141,8 @@ def power(base, exponent):
     size = sympy.Float(abs(base) ** exponent, DIGITS)
     if float(base) > 0:
         return size
-    # Is it a whole number, or a fraction over 3, 5 or 7? Then its numerator tells the sign.
+    # Is the exponent whole, or a fraction over 3, 5 or 7? Then its numerator, even or odd, gives
+    # the sign.
     times = abs(exponent) * 3 * 5 * 7
     nearest = int(times + sympy.Rational(1, 2))
     if abs(float(times - nearest)) < 1 / LARGEST:
@@ -1139,14 +1151,14 @@ def power(base, exponent):
 
 
 # ---- 10. Grading and evaluation ------------------------------------------------------------------
-def grade(tokenizer, problems, answers, reward):
-    """The reward of each response. problems: P Problems; answers: [P][n] lists of ids; reward:
+def grade(tokenizer, problems, responses, reward):
+    """The reward of each response. problems: P Problems; responses: [P][n] lists of ids; reward:
     reward(response, problem) -> float. -> texts [P][n]; rewards [P, n] in [-1, 1], float64.
 
     Each response is graded once, by one process that tells the others: two calls of a random,
     timed or judged reward may differ, and then so would the rows of the processes."""
     graded = []
-    for problem, group in zip(my_share(problems), my_share(answers)):
+    for problem, group in zip(my_share(problems), my_share(responses)):
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
         rewards = [checked_reward(reward, text, problem) for text in texts]
         graded.append((texts, rewards))
@@ -1158,12 +1170,13 @@ def grade(tokenizer, problems, answers, reward):
 def checked_reward(reward, response, problem):
     """reward(response, problem), which is refused unless it is a number in [-1, 1]."""
     R = reward(response, problem)
-    if not isinstance(R, numbers.Real) or not -1 <= R <= 1:  # NaN is not
+    if not isinstance(R, numbers.Real) or not -1 <= R <= 1:  # fails for NaN, too
         raise UserError(f"the reward returned {R!r}: it must be a number from -1 to 1")
     return float(R)
 
 def evaluate(model, tokenizer, problems, config, reward=math_reward):
-    """Samples of each of P problems, from q alone. -> metrics, a dict (`evaluation_metrics`)."""
+    """Samples of each of P problems, from q alone, for use from other code. -> metrics, a dict
+    (`evaluation_metrics`)."""
     rollouts = answer_problems(model, tokenizer, problems, config, reward)
     return evaluation_metrics(rollouts)
 
@@ -1175,8 +1188,8 @@ def answer_problems(model, tokenizer, problems, config, reward):
     k = c.eval_samples if c.temperature else 1  # greedy samples are all alike
     prompts = [problem.ids for problem in problems]
     groups = distributed_generate(model, tokenizer, prompts, k, c.max_new_tokens, c)  # [P][k]
-    answers = [token_lists(group) for group in groups]  # [P][k] lists of ids
-    texts, R = grade(tokenizer, problems, answers, reward)  # [P][k], [P, k]
+    responses = [token_lists(group) for group in groups]  # [P][k] lists of ids
+    texts, R = grade(tokenizer, problems, responses, reward)  # [P][k], [P, k]
     A = group_advantages(R)  # [P, k], as training would see them
     records = []
     for p, problem in enumerate(problems):
@@ -1217,9 +1230,9 @@ def sum_problems():
 def arithmetic_problems():
     """Some 2048 built-in Problems, all different: a + b * c."""
     rng = np.random.default_rng(20260409)
-    numbers = rng.integers(2, 100, (2048, 3))
+    triples = rng.integers(2, 100, (2048, 3))
     problems = []
-    for a, b, c in np.unique(numbers, axis=0):
+    for a, b, c in np.unique(triples, axis=0):
         problems.append(Problem(f"What is {a} + {b} * {c}?", str(a + b * c)))
     return problems
 
@@ -1344,7 +1357,7 @@ def load_model(config):
     except Exception as error:  # folders, hubs and architectures have many ways to be wrong
         cause = str(error) or repr(error)
         raise UserError(f"cannot use --model {source}: {cause}") from None
-    ends = eos_ids(model, tokenizer) | {end_of_turn(tokenizer)} - {None}
+    ends = (eos_ids(model, tokenizer) | {end_of_turn(tokenizer)}) - {None}
     model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None)
     return model, tokenizer
 
@@ -1387,7 +1400,7 @@ def check_architecture(model):
 
 def check_tokenizer(model, tokenizer, template):
     """Raises ValueError if it makes no prompts: a chat template may refuse, and some tokenizers
-    start empty, without a word, where their files are missing."""
+    load as empty, silently, where their files are missing."""
     ids = prompt_ids(tokenizer, "1 + 1", template)
     if not ids:
         raise ValueError("its tokenizer makes no tokens of a text: its files are missing")
@@ -1487,20 +1500,20 @@ def load_data(config, model, tokenizer, needs_answer=True):
     Without --eval_data an eighth of --data is held out, at most 256, the same whatever the seed."""
     builtin = "sums" if config.model == "embedded" else "arithmetic"
     train = load_problems(config.data or builtin, needs_answer)
-    tests = {}
+    eval_sets = {}
     for source in evaluation_sources(config):
-        tests[source] = load_problems(source, needs_answer)
-    if not tests:
+        eval_sets[source] = load_problems(source, needs_answer)
+    if not eval_sets:
         np.random.default_rng(0).shuffle(train)
         count = min(256, max(1, len(train) // 8))
-        tests["held-out"] = train[:count]
+        eval_sets["held-out"] = train[:count]
         train = train[count:]
     needed = config.prompts_per_step if config.steps else 0
     train = fitting_problems("--data", train, needed, model, tokenizer, config)
     most = config.eval_problems or None  # 0: all
-    for name, problems in tests.items():
-        tests[name] = fitting_problems(name, problems[:most], 1, model, tokenizer, config)
-    return train, tests
+    for name, problems in eval_sets.items():
+        eval_sets[name] = fitting_problems(name, problems[:most], 1, model, tokenizer, config)
+    return train, eval_sets
 
 def character_model(alphabet, seed):
     """A random Qwen2 of 75k parameters and its tokenizer, for experiments that take seconds.
@@ -1569,7 +1582,7 @@ def worked_sums(seed, batch, slips):
         slips_now = rng.random((batch, 6)) < slips
         slip = error * slips_now
         work = (digits + slip).cumsum(1) % 10  # [batch, 6]
-        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the sums, with errors of their own
+        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the sums, another row's slips added
         length = rng.integers(1, 7, (batch, 1))
         ahead = rng.random((batch, 1)) < 0.5
         attempt[np.arange(6) >= length * ahead] = -1
@@ -1652,7 +1665,9 @@ def shard(model, config):
     another while it samples: `unshard` makes them, and `reshard` frees them once the masters have
     moved. Both are called by hand because FSDP's own hooks know only the whole model's forward
     pass, while this file calls its decoder and its head. (The hooks run all the same, 2 to 3 ms per
-    decoder call while sampling; there is no public switch.)"""
+    decoder call while sampling; there is no public switch.) Make the optimiser after this, before
+    the first `unshard`: it must hold the masters. Sample by `distributed_generate`, which unshards.
+    """
     cuda = model.device.type == "cuda"
     bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
     if not cuda and not bf16 and dist.get_world_size() == 1:
@@ -1661,7 +1676,7 @@ def shard(model, config):
     # 128; pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     compute = torch.bfloat16 if bf16 else torch.float32
-    policy = MixedPrecisionPolicy(compute, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     block_names = model._no_split_modules or []
     blocks = [module for module in model.modules() if type(module).__name__ in block_names]
     for module in [*blocks, model]:
@@ -1695,7 +1710,7 @@ def train(config, reward=math_reward):
     check_run_folder(c, reward)
     join_processes()
     model, tokenizer = load_model(c)
-    problems, tests = load_data(c, model, tokenizer, needs_answer=reward is math_reward)
+    problems, eval_sets = load_data(c, model, tokenizer, needs_answer=reward is math_reward)
     shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), fused=True)
     state = initial_state(len(problems), c)
@@ -1721,15 +1736,15 @@ def train(config, reward=math_reward):
             metrics["rollout_seconds"] = collected - start
             metrics["update_seconds"] = learned - collected
             metrics["seconds"] = learned - start
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            shown = telling_rollout(rollouts)
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
+            shown = mixed_rollout(rollouts)
             log_step(out, step, metrics, shown, c)
         evaluating = not c.steps or (c.eval_every and (last or step % c.eval_every == 0))
         if evaluating:
-            for name, test in tests.items():
-                answers = answer_problems(model, tokenizer, test, c, reward)
-                log_evaluation(out, step, name, answers, first_accuracy, c)
-                shown = shown or telling_rollout(answers)
+            for name, eval_set in eval_sets.items():
+                answered = answer_problems(model, tokenizer, eval_set, c, reward)
+                log_evaluation(out, step, name, answered, first_accuracy, c)
+                shown = shown or mixed_rollout(answered)
         if evaluating or step == 1:
             show_rollout(shown, c)
         if step > 0 and (last or (c.save_every and step % c.save_every == 0)):
@@ -1792,7 +1807,7 @@ def warn_of_truncation(metrics, config):
         say(f"           {metrics['truncated']:.0%} of the responses were cut at --max_new_tokens "
             f"{config.max_new_tokens}, mostly before an answer: raise it")
 
-def telling_rollout(rollouts):
+def mixed_rollout(rollouts):
     """The first rollout with right and wrong responses, else the first."""
     for rollout in rollouts:
         rewards = [response["reward"] for response in rollout["responses"]]
@@ -1874,7 +1889,7 @@ def conclude(out, config):
 
 # -- the run's folder, checkpoints
 def check_run_folder(config, reward):
-    """Raises UserError, before minutes go by for the model, where --out cannot serve.
+    """Raises UserError if --out cannot be used, before minutes go by for the model.
 
     A run that was stopped before its first checkpoint may be started again in its folder."""
     if not config.out:
@@ -1949,13 +1964,14 @@ def reward_name(reward):
     """What config.json calls a reward, a function or a callable object."""
     return getattr(reward, "__name__", type(reward).__name__)
 
-WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = state_dict_api.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save_checkpoint(out, model, tokenizer, optimizer, state):
     """Writes the model as a transformers folder, and all that a run needs to go on as
     checkpoint.pt. That one takes its name by a rename, so that a kill leaves the old one or the
-    new. What the logs hold beyond their sizes of now is cut off on resume."""
-    weights, moments = sharded.get_state_dict(model, optimizer, options=WHOLE)
+    new. Whatever the logs gain after this point is cut off on resume."""
+    reshard(model)  # the masters are what is saved
+    weights, moments = state_dict_api.get_state_dict(model, optimizer, options=WHOLE)
     if not is_first_process():
         return
     kept = {index: vars(segment) for index, segment in state.kept.items()}
@@ -1974,7 +1990,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, state):
     unfinished = out / "checkpoint.tmp"
     try:
         tokenizer.save_pretrained(out / "model")
-        model.save_pretrained(out / "model", state_dict=dict(weights))  # a copy: it empties it
+        model.save_pretrained(out / "model", state_dict=dict(weights))  # it empties this copy
         torch.save(saved, unfinished)
         os.replace(unfinished, out / "checkpoint.pt")  # last: this counts as done
     except Exception as error:  # a full disk has many names
@@ -2000,7 +2016,7 @@ def load_checkpoint(out, model, optimizer, state, problems):
             state.kept[index] = Sample(**segment)
             if segment["prompt"] != problems[index].ids:
                 raise ValueError("--data or --template is not what it was")
-        sharded.set_state_dict(
+        state_dict_api.set_state_dict(
             model,
             optimizer,
             model_state_dict=saved["weights"],
