@@ -407,7 +407,7 @@ def collect(model, tokenizer, problems, state, config, reward):
     if seen:
         D[seen] = policy_drift(model, [state.kept[chosen[b]] for b in seen], c)
     lengths = np.array([[len(ids) for ids in group] for group in complete])  # [B, G], tokens
-    state.values.update(chosen, R_I, D)
+    state.values.update(chosen, R_I.numpy(), D)
     state.lengths.update(chosen, lengths.mean(1), D)
     state.kept.update(zip(chosen.tolist(), segments))
 
@@ -442,7 +442,7 @@ def collect_grpo(model, tokenizer, problems, state, config, reward):
     complete = [token_lists(group) for group in responses]  # [B][G] lists of ids
     texts, R = grade(tokenizer, q, complete, reward)  # [B][G], [B, G]
     A = group_advantages(R)  # [B, G]
-    state.values.update(chosen, R.mean(1), 0.0)
+    state.values.update(chosen, R.mean(1).numpy(), 0.0)
 
     response_weight = c.minibatches / c.prompts_per_step / c.group_size  # in its mini-batch
     rows = []  # [B] lists of G Rows
@@ -2008,10 +2008,10 @@ def load_checkpoint(out, model, optimizer, state, problems):
         if size != len(state.values.value):
             raise ValueError(f"it knows {size} problems, --data has {len(state.values.value)}")
         state.step = saved["step"]
-        state.values.value[:] = saved["values"]
-        state.values.count[:] = saved["value_counts"]
-        state.lengths.value[:] = saved["lengths"]
-        state.lengths.count[:] = saved["length_counts"]
+        state.values.value[:] = saved["values"].numpy()
+        state.values.count[:] = saved["value_counts"].numpy()
+        state.lengths.value[:] = saved["lengths"].numpy()
+        state.lengths.count[:] = saved["length_counts"].numpy()
         for index, segment in saved["kept"].items():
             state.kept[index] = Sample(**segment)
             if segment["prompt"] != problems[index].ids:
