@@ -321,7 +321,7 @@ def collect(model, tokenizer, problems, state, config, reward):
     and kept segments are brought up to date; reward: reward(response, problem) -> float in [-1, 1],
     such as `math_reward`.
     -> rows: [B] lists of 1 + G Rows, the segment's first, for `learn`;
-       rollouts: [B] dicts, what was sampled and how it was graded (`rollout_record`);
+       rollouts: [B] dicts, what was sampled and how it was graded (`rollout_records`);
        metrics: dict, for metrics.jsonl (`response_metrics`); also mc_value, the mean R_I;
        segment_tokens, the mean length of s; tokens, all that were sampled."""
     c = config
@@ -411,14 +411,12 @@ def collect(model, tokenizer, problems, state, config, reward):
     state.lengths.update(chosen, lengths.mean(1), D)
     state.kept.update(zip(chosen.tolist(), segments))
 
-    rollouts = []  # [B] dicts
-    for b, index in enumerate(chosen.tolist()):
-        record = rollout_record(tokenizer, q[b], responses[b], texts[b], R_II[b], A_II[b])
-        record["problem"] = index
-        record["segment"] = tokenizer.decode(segments[b].tokens)
-        record["value"] = R_I[b].item()
-        record["advantage"] = A_I[b].item()
-        rollouts.append(record)
+    rollouts = rollout_records(tokenizer, q, responses, texts, R_II, A_II)  # [B] dicts
+    for record, i, s, value, A in zip(rollouts, chosen, segments, R_I.tolist(), A_I.tolist()):
+        record["problem"] = int(i)
+        record["segment"] = tokenizer.decode(s.tokens)
+        record["value"] = value
+        record["advantage"] = A
     metrics = response_metrics(responses, lengths, R_II, A_II)
     metrics["mc_value"] = R_I.mean().item()
     metrics["segment_tokens"] = np.mean([len(s.tokens) for s in segments])
@@ -446,16 +444,15 @@ def collect_grpo(model, tokenizer, problems, state, config, reward):
 
     response_weight = c.minibatches / c.prompts_per_step / c.group_size  # in its mini-batch
     rows = []  # [B] lists of G Rows
-    rollouts = []  # [B] dicts
-    for b, index in enumerate(chosen.tolist()):
+    for group, A_group in zip(responses, A.tolist()):
         group_rows = []
-        for o, advantage in zip(responses[b], A[b].tolist()):
+        for o, advantage in zip(group, A_group):
             weight = response_weight / len(o.tokens)
             group_rows.append(Row(o, advantage, weight, ppo_clip=True))
         rows.append(group_rows)
-        record = rollout_record(tokenizer, q[b], responses[b], texts[b], R[b], A[b])
-        record["problem"] = index
-        rollouts.append(record)
+    rollouts = rollout_records(tokenizer, q, responses, texts, R, A)  # [B] dicts
+    for record, i in zip(rollouts, chosen):
+        record["problem"] = int(i)
     lengths = np.array([[len(o.tokens) for o in group] for group in responses])  # [B, G], tokens
     metrics = response_metrics(responses, lengths, R, A)
     metrics["tokens"] = count_tokens(responses)
@@ -510,24 +507,22 @@ def count_tokens(groups):
         total += sum(len(sample.tokens) for sample in group)
     return total
 
-def rollout_record(tokenizer, problem, samples, texts, rewards, advantages):
-    """One prompt's rollout for the screen, rollouts.jsonl and analyses: text and plain numbers.
+def rollout_records(tokenizer, problems, groups, texts, rewards, advantages):
+    """What was sampled for each of P problems and how it was graded, in text and plain numbers, for
+    the screen, rollouts.jsonl and analyses.
 
-    samples: G Samples; texts: [G]; rewards, advantages: [G]. -> dict; `collect` fills in what
-    belongs to the segment: its text, its value R_I and its advantage."""
-    responses = []
-    for o, text, R, A in zip(samples, texts, rewards.tolist(), advantages.tolist()):
-        response = dict(text=text, reward=R, advantage=A, truncated=not o.finished)
-        responses.append(response)
-    prompt = tokenizer.decode(problem.ids)
-    return dict(
-        problem=None,  # its index among the problems
-        prompt=prompt,
-        segment=None,
-        value=None,
-        advantage=None,
-        responses=responses,
-    )
+    groups: [P][n] Samples; texts: [P][n]; rewards, advantages: [P, n]. -> [P] dicts, to which
+    `collect` adds the problem's index, and the segment's text, value R_I and advantage."""
+    records = []
+    for p, problem in enumerate(problems):
+        responses = []
+        for o, text, R, A in zip(groups[p], texts[p], rewards[p].tolist(), advantages[p].tolist()):
+            response = dict(text=text, reward=R, advantage=A, truncated=not o.finished)
+            responses.append(response)
+        record = dict(problem=None, prompt=tokenizer.decode(problem.ids))
+        record |= dict(segment=None, value=None, advantage=None, responses=responses)
+        records.append(record)
+    return records
 
 def response_metrics(responses, lengths, rewards, advantages):
     """The metrics of the responses: [B][G] Samples; lengths, rewards, advantages: [B, G]. -> dict
@@ -1191,11 +1186,7 @@ def answer_problems(model, tokenizer, problems, config, reward):
     responses = [token_lists(group) for group in groups]  # [P][k] lists of ids
     texts, R = grade(tokenizer, problems, responses, reward)  # [P][k], [P, k]
     A = group_advantages(R)  # [P, k], as training would see them
-    records = []
-    for p, problem in enumerate(problems):
-        record = rollout_record(tokenizer, problem, groups[p], texts[p], R[p], A[p])
-        records.append(record)
-    return records
+    return rollout_records(tokenizer, problems, groups, texts, R, A)
 
 def evaluation_metrics(rollouts):
     """A response is right if its reward is above 0. accuracy: avg@k, the share of right responses;
