@@ -30,7 +30,7 @@ Read `collect` first. Its comments number the steps of one training step; the nu
 `learn` is step 10. Where the paper leaves a choice open, the line or the docstring that makes it
 says "paper silent". The paper's single pass over one KV cache is two rollouts here: s moves ahead
 of q, every position changes, and so the cache of the segments cannot be used again. Within each
-rollout the samples of a prompt share its cache.
+rollout a prompt is run once, and its cache is copied to each of its samples.
 """
 import argparse
 import ast
@@ -78,7 +78,8 @@ Ablation = Literal["none", "no_skip", "no_mc", "fixed_split", "extreme_selection
 
 @dataclass
 class Config:
-    """Every knob, with the paper's value where it has one. The comment beside it is its --help."""
+    """Every knob; those of training have the paper's values. The comment beside it is its --help.
+    """
     model: str = "embedded"  # transformers folder or hub name; "embedded": a tiny one, built here
     data: str = ""  # JSON lines to train on, or "sums", "arithmetic"; "": built-in problems
     eval_data: str = ""  # JSON lines to evaluate on, several with commas; "": held-out ones of data
@@ -98,11 +99,11 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     clip_low: float = 0.2  # ratios are clipped at 1 - this; upstream and with grpo at 1 + this too
     clip_high: float = 0.28  # downstream ratios are clipped at 1 + this (Clip-Higher)
-    w_up: float = 0.5  # weight of the upstream loss (eq. 4), skpo only; in small runs 0 or 0.1
+    w_up: float = 0.5  # weight of the upstream loss (eq. 4), skpo only; in small runs try 0 or 0.1
     w_down: float = 0.5  # weight of the downstream loss (eq. 4), skpo only
     split_low: float = 1 / 6  # t_q is drawn between split_low * L_q ...
     split_high: float = 1 / 2  # ... and split_high * L_q
-    init_length: float = 1024  # L_q of a prompt not seen yet, tokens
+    init_length: float = 1024  # L_q of a prompt not seen yet, tokens; lower it with max_new_tokens
     rho_min: float = 0.875  # trackers: least rho, after a large move of the policy
     rho_max: float = 0.96  # trackers: largest rho, after a small one
     tau: float = 8.0  # trackers: rho is 2^(-D / tau), clipped; D, how far the policy moved, in nats
@@ -114,10 +115,11 @@ class Config:
     eval_every: int = 50  # steps between evaluations; one comes first and one last; 0: none
     eval_samples: int = 4  # k of avg@k and pass@k: samples of each evaluation problem
     eval_problems: int = 0  # how many of each evaluation set are used; 0: all
-    save_every: int = 50  # steps between checkpoints, one after the last step too; 0: that alone
+    save_every: int = 50  # steps between checkpoints, one comes after the last step; 0: only that
     resume: bool = False  # go on with the run in --out from its last checkpoint
 
-# What the embedded model starts from, and any other without a GPU: smaller sizes, a larger lr.
+# Defaults that replace the paper's: EMBEDDED for the embedded model, SMALL for any other without a
+# GPU. They have smaller sizes and a larger lr.
 EMBEDDED = dict(
     steps=100,
     prompts_per_step=32,
@@ -359,7 +361,7 @@ def collect(model, tokenizer, problems, state, config, reward):
     bos = tokenizer.bos_token_id
     down_prompts = [skip_prompt(s.tokens, s.prompt, bos) for s in segments]  # [s, q]: [B]
     limits = c.max_new_tokens
-    if c.ablation == "no_skip":  # Table 2: go on after [q, s]. paper silent: s + o has the limit
+    if c.ablation == "no_skip":  # Table 2: go on after [q, s]. paper silent: s + o share the limit
         down_prompts = [s.prompt + s.tokens for s in segments]
         limits = [max(1, c.max_new_tokens - len(s.tokens)) for s in segments]
 
@@ -382,15 +384,16 @@ def collect(model, tokenizer, problems, state, config, reward):
     # 7. Downstream advantages.
     A_II = group_advantages(R_II)  # [B, G]
 
-    # 8. Upstream advantages. At a first visit V(q) is 0 and A is R_I, which lifts the batch's mean
-    # once most first visits succeed. Prompts that are seen and solved, with A near 0, then fall
-    # below that mean and are trained down. In small runs this does harm: README, "First visits".
+    # 8. Upstream advantages. At a first visit V(q) is 0, so A is R_I. Once most first visits
+    # succeed, the batch's mean is well above 0. A prompt that is solved once more has R_I near V(q);
+    # with the mean subtracted its A is negative, and a good segment is made less likely. In small
+    # runs this does harm: see "First visits" in the README.
     A_I = upstream_advantages(R_I, V)  # [B]
 
     # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
     # paper silent: eq. 5 is read as written, a mean over the tokens of a group; Appendix C's
     # "tokens contribute equally" could be one over the tokens of the mini-batch. EOS counts.
-    prompt_weight = c.minibatches / c.prompts_per_step  # in its mini-batch
+    prompt_weight = c.minibatches / c.prompts_per_step  # 1 / (prompts in a mini-batch)
     rows = []  # [B] lists of 1 + G Rows
     for s, group, A_s, A_group in zip(segments, responses, A_I.tolist(), A_II.tolist()):
         weight_up = c.w_up * prompt_weight / len(s.tokens)
@@ -442,7 +445,8 @@ def collect_grpo(model, tokenizer, problems, state, config, reward):
     A = group_advantages(R)  # [B, G]
     state.values.update(chosen, R.mean(1).numpy(), 0.0)
 
-    response_weight = c.minibatches / c.prompts_per_step / c.group_size  # in its mini-batch
+    prompt_weight = c.minibatches / c.prompts_per_step  # 1 / (prompts in a mini-batch)
+    response_weight = prompt_weight / c.group_size
     rows = []  # [B] lists of G Rows
     for group, A_group in zip(responses, A.tolist()):
         group_rows = []
@@ -484,9 +488,9 @@ def policy_drift(model, segments, config):
     """D, how far pi moved since it last acted on each prompt: mean_t |log pi_then - log pi_now| of
     the segment kept then. segments: N Samples. -> [N], nats.
 
-    paper silent: after SPO's code, but on s alone (SPO: the whole response) and before the update
-    (SPO: after it)."""
-    D = torch.zeros(len(segments), device=model.device)  # 0 where another process measures
+    paper silent: after SPO's code, but on s alone (SPO: the whole response), before the update
+    (SPO: after it), and with tau = 8 nats (SPO: D_half = 0.06)."""
+    D = torch.zeros(len(segments), device=model.device)  # other processes add theirs
     for indices in micro_batches(segments, config.micro_tokens):
         if not indices:
             continue
@@ -555,7 +559,7 @@ def learn(model, optimizer, rows, config):
     grad_norm: the gradient's norm before it is scaled down, mean over the mini-batches."""
     size = len(rows) // config.minibatches  # prompts
     norms = []
-    sums = torch.zeros(2, 3)  # rows: eq. 6, eq. 5; columns: tokens, their ratios, clipped ones
+    sums = torch.zeros(2, 3)  # of eq. 6, of eq. 5: tokens, the sum of ratios, clipped tokens
     for first in range(0, len(rows), size):
         batch = []
         for group in rows[first:first + size]:
@@ -587,7 +591,9 @@ def optimizer_step(model, optimizer, rows, config):
         loss.backward()
         ratios += sums
     dist.all_reduce(ratios)
-    masters = optimizer.param_groups[0]["params"]  # model.parameters() are copies: `shard`
+    # Under FSDP (`shard`) the optimiser holds the float32 masters, and model.parameters() are their
+    # compute copies.
+    masters = optimizer.param_groups[0]["params"]
     norm = torch.nn.utils.clip_grad_norm_(masters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         raise UserError("the gradient is not a finite number: --resume with a lower --lr")
@@ -725,9 +731,9 @@ def generate(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     with (generation_config_replaced(model, softmax_only),
           tqdm(total=len(rows), bar_format=counts, **BAR) as bar):
         while queue:
-            # The longest row so far and the one that may still take most can be two rows, whose sum
-            # exceeds the context. The cap is the width that a first turn of all rows could have
-            # had; rows that it stops go back into the queue, too.
+            # turn_width adds the longest row so far to the most that any row may still take. These
+            # can be two rows, and their sum more than the context holds. `widest` has room for each
+            # row by itself; a row that this cap stops goes back into the queue.
             width = min(widest, turn_width(queue))
             fit = rows_that_fit(model, width)
             turn = queue[:fit]
@@ -781,7 +787,7 @@ def sample_turn(model, rows, width, eos, temperature, others_wait, bar):
         staying = [i for i, row in enumerate(rows) if not row.done]
         bar.update(len(rows) - len(staying))
         rows = [rows[i] for i in staying]
-        taken = torch.ones_like(tokens, dtype=torch.bool)  # [N, C]: a row that stays took them all
+        taken = torch.ones_like(tokens, dtype=torch.bool)  # [N, C]; rows that stay took them all
         ids = torch.cat([ids, tokens], 1)[staying]  # [fewer, S + C]
         mask = torch.cat([mask, taken], 1)[staying]  # [fewer, S + C]
         cache.batch_select_indices(staying)
@@ -828,10 +834,10 @@ class DrawnLogprobs(StoppingCriteria):
         return torch.zeros_like(drawn, dtype=torch.bool)
 
 def rows_that_fit(model, length):
-    """How many rows of `length` tokens can be sampled at once. Each takes its keys and values, and
-    while a token is drawn four float32 copies of its logits (measured). What a prefill holds in
-    passing is set aside: less than 24 hidden states per token (measured: 12 to 21). -> int, 1 or
-    more."""
+    """How many rows of `length` tokens can be sampled at once. A row needs memory for its keys and
+    values and, while a token is drawn, for four float32 copies of its logits (measured). What a
+    prefill holds in passing is set aside: less than 24 hidden states per token (measured: 12 to
+    21). -> int, 1 or more."""
     _, _, cache = prefill(model, [[0, 0]])  # holds one token
     token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     vocabulary, hidden = model.get_output_embeddings().weight.shape
@@ -863,7 +869,7 @@ def forward(model, ids, mask, cache):
     """Runs the columns of ids [N, S + T] that the cache, of S, does not hold yet; it gains their
     keys and values, with gradients if any. -> hidden states [N, T, H]."""
     start = cache.get_seq_length()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [N, S + T]; padding takes up none
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [N, S + T]; padding takes up no position
     output = model.get_decoder()(
         input_ids=ids[:, start:], attention_mask=mask.long(), position_ids=positions[:, start:],
         use_cache=True, **{CACHE: cache})
@@ -921,8 +927,8 @@ def target_logprobs(head, hidden, targets, temperature):
 
 # ---- 9. Rewards: is the last box right? ----------------------------------------------------------
 # Skip to section 10 unless you care about grading. Two answers are equal if their normal forms are.
-# The normal form is the value of an answer that can be computed, and otherwise its tidied text. A
-# model wrote these texts: they are read, and never run.
+# The normal form is the value of an answer that can be computed, and otherwise its tidied text (if
+# it is long, the text as it is). A model wrote these texts: they are read, and never run.
 
 DIGITS = 150  # how many digits are computed
 COMPARED = 110  # how many of them must agree
@@ -967,7 +973,7 @@ TIDY = [  # ways to write the same become one
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", r"\sqrt(2) -> \sqrt{2}"),
     (r"_(?:(\w)|\{(\w+)\})", r"_\1\2 ", r"a_{1} -> a_1"),
     (r"\^\s*\{?\s*\\circ\s*\}?|°", " degrees ", r"30^\circ -> 30 degrees"),
-    (r"((?:sin|cos|tan|cot|sec|csc).*)degrees", r"\1degrees here", r"degrees of \sin 30° stay"),
+    (r"((?:sin|cos|tan|cot|sec|csc).*)degrees", r"\1degrees here", r"\sin 30° keeps its unit"),
     (r"\s+", " ", "x   y -> x y"),
     (r"^ |[., ]+$", "", "5. -> 5"),
     (rf"(?<=[\d}})π]) ?(?:square |cubic )?{UNIT}(?: ?\^\{{?[23]\}}?)?(?= ?,|$)", "", "8 cm -> 8"),
@@ -983,7 +989,7 @@ PYTHON = [  # tidy LaTeX becomes a Python expression
     (rf"{CALLED}(?![^()]*[a-zA-Z])", NO_VALUE, "I(0) has no value"),
     (r"(?<![a-zA-Z])_", NO_VALUE, "1010_2 has no value"),
     (r"\d*\.\d*(?<=[\d.]{17})", NO_VALUE, "a float holds 15 digits, so longer ones have no value"),
-    (r"(?<![\d.])00", NO_VALUE, "350,000 pages is no list"),
+    (r"(?<![\d.])00", NO_VALUE, "350,000 pages is not a list"),
     (r"(?<![\d.,])0(?=[1-9])", "", "05 -> 5"),
     (r"(?<![\w.}^/])(?<!\d )(\d+) ?(\\frac\{\d+\}\{\d+\}|(?<= )\d+/\d+)", r"(\1+\2)", "2 1/2"),
     (r"(?<![\\a-zA-Z_])([a-zA-Z])([a-zA-Z])(?![a-zA-Z])", r"\1 \2", "xy -> x y"),
@@ -1034,8 +1040,8 @@ def normal_form(text):
     """What equal answers share: their values, or the tidy text without spaces. Hashable.
 
     Two expressions are equal if they have the same value at random points: each letter has a fixed
-    random value, once positive and once negative, as x and sqrt(x^2) differ only there. That two
-    different expressions agree at both points, to 110 digits, is as good as impossible.
+    random value, once positive and once negative, since x and sqrt(x^2) differ only for a negative
+    x. That two different expressions agree at both points, to 110 digits, is as good as impossible.
     """
     if len(text) > LONGEST:
         return text
@@ -1219,7 +1225,7 @@ def sum_problems():
     return problems
 
 def arithmetic_problems():
-    """Some 2048 built-in Problems, all different: a + b * c."""
+    """About 2048 built-in Problems, all different: a + b * c."""
     rng = np.random.default_rng(20260409)
     triples = rng.integers(2, 100, (2048, 3))
     problems = []
@@ -1286,10 +1292,10 @@ def prompt_ids(tokenizer, question, template="auto"):
                 messages,
                 add_generation_prompt=True,
                 return_dict=False,
-                date_string="1 Jan 2026",  # some templates tell the date
+                date_string="1 Jan 2026",  # some templates write today's date
             )
     ids = tokenizer(question)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
         return ids[:-1]
     return ids
 
@@ -1573,7 +1579,7 @@ def worked_sums(seed, batch, slips):
         slips_now = rng.random((batch, 6)) < slips
         slip = error * slips_now
         work = (digits + slip).cumsum(1) % 10  # [batch, 6]
-        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the sums, another row's slips added
+        attempt = (work + slip[::-1]) % 10  # [batch, 6]: the sums, with another document's slips
         length = rng.integers(1, 7, (batch, 1))
         ahead = rng.random((batch, 1)) < 0.5
         attempt[np.arange(6) >= length * ahead] = -1
@@ -1649,7 +1655,7 @@ def distributed_generate(model, tokenizer, prompts, n, limits, config):
 
 def shard(model, config):
     """FSDP2: float32 master weights, gradients and moments, of which each process holds its part;
-    compute and KV cache in --dtype. One process on a CPU in float32 goes without.
+    compute and KV cache in --dtype. One process on a CPU in float32 runs without FSDP.
 
     FSDP gathers the compute copies of the weights before a module's forward pass and frees them
     after it. Here they stay between two steps of the optimiser, so that no process waits for
@@ -1673,7 +1679,7 @@ def shard(model, config):
     for module in [*blocks, model]:
         fully_shard(module, mp_policy=policy, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
-        module.set_gradient_divide_factor(1)  # a sum: Row.weight is a part of the batch
+        module.set_gradient_divide_factor(1)  # a sum: Row.weight has divided already
         module.set_force_sum_reduction_for_comms(True)
     with torch.no_grad():
         model(torch.tensor([[0]], device=model.device))  # makes model the root
@@ -2034,7 +2040,7 @@ def parse_config(argv):
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         description="Trains a language model to reason by SKPO, or evaluates it, and writes "
-        "figures, texts and the model into a folder. The defaults shown are the paper's; the "
+        "figures, texts and the model into a folder. Training defaults are shown as the paper's; the "
         "embedded model, and any other on a machine without a GPU, start from smaller numbers.",
     )
     first = parser.parse_args(argv)
@@ -2067,7 +2073,7 @@ def check_config(config):
     c = config
     for name, value in vars(c).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise UserError(f"--{name} {value}: it must be a number from 0 up")
+            raise UserError(f"--{name} {value}: it must be a number, 0 or more")
     positive = [
         "lr", "tau", "init_length", "max_grad_norm", "explore_eps", "eval_samples", "micro_tokens",
         "max_new_tokens", "max_prompt_tokens", "prompts_per_step", "minibatches", "split_low",
@@ -2079,13 +2085,13 @@ def check_config(config):
         raise UserError(f"--prompts_per_step {c.prompts_per_step} must be a multiple of "
                         f"--minibatches {c.minibatches}")
     if c.group_size < 2:
-        raise UserError("--group_size: an advantage within a group needs 2 responses at least")
+        raise UserError("--group_size: an advantage within a group needs at least 2 responses")
     if c.clip_low >= 1:
         raise UserError("--clip_low must be below 1")
     if not c.rho_min <= c.rho_max <= 1:
-        raise UserError("--rho_min, --rho_max: it must be that rho_min <= rho_max <= 1")
+        raise UserError("--rho_min, --rho_max: rho_min <= rho_max <= 1 must hold")
     if not c.split_low <= c.split_high <= 1:
-        raise UserError("--split_low, --split_high: it must be that split_low <= split_high <= 1")
+        raise UserError("--split_low, --split_high: split_low <= split_high <= 1 must hold")
     if c.temperature == 0 and c.steps:
         raise UserError("--temperature 0 is greedy: it can be evaluated (--steps 0), not trained")
     if c.algo == "grpo" and c.ablation != "none":
