@@ -385,9 +385,9 @@ def collect(model, tokenizer, problems, state, config, reward):
     A_II = group_advantages(R_II)  # [B, G]
 
     # 8. Upstream advantages. At a first visit V(q) is 0, so A is R_I. Once most first visits
-    # succeed, the batch's mean is well above 0. A prompt that is solved once more has R_I near V(q);
-    # with the mean subtracted its A is negative, and a good segment is made less likely. In small
-    # runs this does harm: see "First visits" in the README.
+    # succeed, the batch's mean is well above 0. A prompt that is solved once more has R_I near
+    # V(q); with the mean subtracted its A is negative, and a good segment is made less likely. In
+    # small runs this does harm: see "First visits" in the README.
     A_I = upstream_advantages(R_I, V)  # [B]
 
     # 9. The loss (eq. 4) is a mean over tokens, then over the prompts of a mini-batch.
@@ -2040,8 +2040,8 @@ def parse_config(argv):
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         description="Trains a language model to reason by SKPO, or evaluates it, and writes "
-        "figures, texts and the model into a folder. Training defaults are shown as the paper's; the "
-        "embedded model, and any other on a machine without a GPU, start from smaller numbers.",
+        "figures, texts and the model into a folder. The training defaults shown are the paper's. "
+        "The embedded model, and any other on a machine without a GPU, start from smaller numbers.",
     )
     first = parser.parse_args(argv)
     saved = read_run_config(Path(first.out)) if first.resume and first.out else None
