@@ -1495,21 +1495,27 @@ def fitting_problems(name, problems, needed, model, tokenizer, config):
 def load_data(config, model, tokenizer, needs_answer=True):
     """The Problems to train on, and {name: Problems} to evaluate on, with the ids of their prompts.
     Without --eval_data an eighth of --data is held out, at most 256, the same whatever the seed."""
-    builtin = "sums" if config.model == "embedded" else "arithmetic"
-    train = load_problems(config.data or builtin, needs_answer)
     eval_sets = {}
     for source in evaluation_sources(config):
         eval_sets[source] = load_problems(source, needs_answer)
+    train = []
+    if config.steps or not eval_sets:
+        built_in = "sums" if config.model == "embedded" else "arithmetic"
+        train = load_problems(config.data or built_in, needs_answer)
     if not eval_sets:
         np.random.default_rng(0).shuffle(train)
         count = min(256, max(1, len(train) // 8))
         eval_sets["held-out"] = train[:count]
         train = train[count:]
-    needed = config.prompts_per_step if config.steps else 0
-    train = fitting_problems("--data", train, needed, model, tokenizer, config)
-    most = config.eval_problems or None  # 0: all
+    if config.steps:
+        needed = config.prompts_per_step
+        train = fitting_problems("--data", train, needed, model, tokenizer, config)
     for name, problems in eval_sets.items():
-        eval_sets[name] = fitting_problems(name, problems[:most], 1, model, tokenizer, config)
+        first = problems[:config.eval_problems or None]  # 0: all
+        label = name
+        if len(first) < len(problems):
+            label = f"{name}, the first {len(first)} of {len(problems)}"
+        eval_sets[name] = fitting_problems(label, first, 1, model, tokenizer, config)
     return train, eval_sets
 
 def character_model(alphabet, seed):
@@ -1721,7 +1727,7 @@ def train(config, reward=math_reward):
     for step in range(first_step, c.steps + 1):
         state.step = step
         last = step == c.steps
-        shown = None  # a rollout for the screen
+        evaluating = not c.steps or (c.eval_every and (last or step % c.eval_every == 0))
         if step > 0:
             start = time.perf_counter()
             collect_rows = collect_grpo if c.algo == "grpo" else collect
@@ -1734,16 +1740,16 @@ def train(config, reward=math_reward):
             metrics["update_seconds"] = learned - collected
             metrics["seconds"] = learned - start
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
-            shown = mixed_rollout(rollouts)
-            log_step(out, step, metrics, shown, c)
-        evaluating = not c.steps or (c.eval_every and (last or step % c.eval_every == 0))
+            rollout = mixed_rollout(rollouts)
+            log_step(out, step, metrics, rollout, c)
+            if step == 1 or evaluating:
+                show_rollout(rollout, c)
         if evaluating:
             for name, eval_set in eval_sets.items():
                 answered = answer_problems(model, tokenizer, eval_set, c, reward)
                 log_evaluation(out, step, name, answered, first_accuracy, c)
-                shown = shown or mixed_rollout(answered)
-        if evaluating or step == 1:
-            show_rollout(shown, c)
+                if step == 0:
+                    show_rollout(mixed_rollout(answered), c)
         if step > 0 and (last or (c.save_every and step % c.save_every == 0)):
             save_checkpoint(out, model, tokenizer, optimizer, state)
     conclude(out, c)
@@ -1758,13 +1764,14 @@ def set_learning_rate(optimizer, step, config):
         group["weight_decay"] = config.weight_decay
     return lr
 
-def log_step(out, step, metrics, shown, config):
+def log_step(out, step, metrics, rollout, config):
     """A training step's line in metrics.jsonl, in rollouts.jsonl and on the screen."""
     append_line(out / "metrics.jsonl", dict(step=step, **metrics))
-    append_line(out / "rollouts.jsonl", dict(step=step, **shown))
+    append_line(out / "rollouts.jsonl", dict(step=step, **rollout))
     names = ["reward", "truncated", "response_tokens", "zero_advantage", "seconds"]
-    minutes = metrics["seconds"] * (config.steps - step) / 60
-    say(f"step {step:4d}  {screen_figures(metrics, names)}  {minutes:.0f} min to go")
+    seconds = metrics["seconds"] * (config.steps - step)
+    left = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    say(f"step {step:4d}  {screen_figures(metrics, names)}  {left} to go")
     warn_of_truncation(metrics, config)
 
 def log_evaluation(out, step, name, rollouts, first_accuracy, config):
@@ -1773,7 +1780,8 @@ def log_evaluation(out, step, name, rollouts, first_accuracy, config):
     metrics = evaluation_metrics(rollouts)
     append_line(out / "metrics.jsonl", dict(step=step, data=name, **metrics))
     figures = screen_figures(metrics, ["accuracy", "pass_at_k", "truncated"])
-    say(f"step {step:4d}  {figures}  on {name}")
+    size = f"{metrics['problems']} problems x {metrics['samples']}"
+    say(f"step {step:4d}  {figures}  on {name} ({size})")
     warn_of_truncation(metrics, config)
     first = first_accuracy.setdefault(name, metrics["accuracy"])
     if metrics["accuracy"] < first:
@@ -1872,17 +1880,18 @@ def conclude(out, config):
     if not config.steps:
         say(f"the figures are in {out / 'metrics.jsonl'}")
         return
-    on = ""  # without --eval_data it is what was held out of --data
     if config.eval_data:
-        on = f' --eval_data "{config.eval_data}"'
-    elif config.data or config.model == "embedded":
-        on = f" --data {config.data or 'sums'}"
+        data = f'--eval_data "{config.eval_data}"'
+    else:  # what was held out of --data
+        built_in = "sums" if config.model == "embedded" else "arithmetic"
+        data = f"--data {config.data or built_in}"
+    names = ["template", "max_new_tokens", "temperature", "eval_samples", "eval_problems"]
+    same = " ".join(f"--{name} {getattr(config, name)}" for name in names)
+    python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    command = f"{python} {sys.argv[0]}"
     say(f"the model is in {out / 'model'}, beside it are metrics.jsonl and rollouts.jsonl")
-    if config.template != "auto":
-        on += f" --template {config.template}"
-    say(f"to evaluate it:    python skpo.py --steps 0 --model {out / 'model'}{on} --max_new_tokens "
-        f"{config.max_new_tokens}")
-    say(f"to go on with it:  python skpo.py --resume --out {out} --steps {2 * config.steps}")
+    say(f"to evaluate it:    {command} --steps 0 --model {out / 'model'} {data} {same}")
+    say(f"to go on with it:  {command} --resume --out {out} --steps {2 * config.steps}")
 
 # -- the run's folder, checkpoints
 def check_run_folder(config, reward):
@@ -2063,7 +2072,7 @@ def explain_small_plan(config):
     say("No GPU was found: where no flag says otherwise, a small plan stands in for the paper's.")
     if c.steps:
         say(f"It is {c.steps} steps, each of {c.prompts_per_step} prompts x {c.group_size} "
-            f"responses of up to {c.max_new_tokens} tokens.")
+            f"responses of up to {c.max_new_tokens} tokens, lr {c.lr}.")
     say("--help shows every flag with the paper's value.")
     if c.steps and c.algo == "skpo" and c.w_up > 0.1:
         say(f"In small runs the upstream loss did harm at --w_up {c.w_up}: 0.1 or 0 is safer.")
@@ -2098,9 +2107,12 @@ def check_config(config):
         raise UserError(f"--ablation {c.ablation} belongs to SKPO, not to --algo grpo")
     if c.resume and not (c.out and c.steps):
         raise UserError("--resume needs the run's folder, --out, and --steps above 0")
-    if c.model.startswith((".", "/", "~")) and not Path(c.model).is_dir():
+    is_path = c.model.startswith((".", "/", "~")) or c.model.count("/") > 1  # no name of a hub
+    if is_path and not Path(c.model).is_dir():
         raise UserError(f"--model {c.model}: there is no such folder")
-    if c.model == "embedded" and (c.data or c.eval_data):
+    if read_run_config(Path(c.model)):
+        raise UserError(f"--model {c.model} is a run's folder: its model is in {c.model}/model")
+    if c.model == "embedded" and not {c.data, c.eval_data} <= {"", "sums"}:
         raise UserError("the embedded model reads digits alone: --data and --eval_data need a "
                         "--model")
     for path in [c.data, *evaluation_sources(c)]:

@@ -1491,6 +1491,15 @@ def test_the_last_lines_say_where_the_model_is_and_what_to_type(short_run):
     assert f"--steps 0 --model {out / 'model'}" in last[0]
     assert f"--resume --out {out} --steps 8" in last[1]
 
+def test_the_suggested_evaluation_gives_the_accuracy_of_the_run(quick, tmp_path, capsys):
+    out = skpo.train(config(steps=1, out=str(tmp_path / "run")))
+    shown = capsys.readouterr().out
+    command = re.search(r"to evaluate it: .*? (--steps 0 .*)", shown)[1]
+    skpo.main([*command.split(), f"--out={tmp_path / 'again'}"])
+    [again] = metrics_of(tmp_path / "again", "accuracy")
+    assert again["accuracy"] == metrics_of(out, "accuracy")[-1]["accuracy"]
+    assert again["problems"] == 256
+
 def test_evaluation_alone_trains_and_saves_nothing(quick, tmp_path, capsys):
     out = skpo.train(Config(**short(tmp_path / "x", steps=0, eval_every=0)))
     assert [row["step"] for row in metrics_of(out, "accuracy")] == [0]
@@ -1664,6 +1673,8 @@ def files(tmp_path, folder):
     ("--model @/none", "no such folder"),
     ("--model qwen2.5-none", "--model Qwen/qwen2.5-none"),
     ("--model @/nomodel", "cannot use"),
+    ("--model a/b/c", "no such folder"),
+    ("--model @/torn", "its model is in @/torn/model"),
     ("--model @/lora", "it is a LoRA adapter"),
     ("--model @/narrow", "lower --max_new_tokens"),
     ("--model x --data @/none", "no file"),
@@ -1704,7 +1715,7 @@ def test_a_mistake_gets_one_line_and_loses_nothing(files, quick, capsys, argumen
     message = stop.value.code
     if message == 2:  # argparse
         message = capsys.readouterr().err.strip()
-    assert words in message
+    assert words.replace("@", str(files)) in message
     assert "\n" not in message
     assert not (files / "fresh").exists()
     after = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
