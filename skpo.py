@@ -46,9 +46,10 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 # Otherwise a growing KV cache fragments the memory of a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -885,6 +886,9 @@ def prefill(model, prompts):
     for prompt in prompts:
         index_of.setdefault(tuple(prompt), len(index_of))
     ids, mask = padded(list(index_of), model.device, left=True)  # [P, S]
+    if ids.shape[1] == 1:  # a column of padding, for FSDP wants every process to run the model here
+        ids = torch.nn.functional.pad(ids, (1, 0))  # [P, 2]
+        mask = torch.nn.functional.pad(mask, (1, 0))  # [P, 2]
     cache = DynamicCache(config=model.config)
     columns = max(1, PREFILL // len(index_of))
     end = 0
@@ -940,7 +944,7 @@ CONSTANTS = {"pi": sympy.pi.evalf(DIGITS), "e": sympy.E.evalf(DIGITS)}
 UNIT = (r"(?:\\?%|percent|[cmk]m|in|inch(?:es)?|ft|feet|mph|kg|degrees ?[CF]|(?:meter|mile|gram|"
         r"pound|liter|hour|minute|second|day|week|year|dollar|cent|degree|point|unit)s?)")
 LABEL = r"(?:\\[a-z]+|[a-z]|[A-Z]{1,3})?(?:_\w+)? ?(?:\([a-zA-Z, ]+\))?[=∈]"
-CALLED = r"[a-zA-Z]\d*(?:[_^](?:\w+|\{[^{}]*\}))* ?\("  # a letter, its scripts, and a bracket
+CALLED = r"[a-zA-Z]\d*(?:[_^](?:[^\W_]+|\{[^{}]*\}))* ?\("  # a letter, its scripts, and a bracket
 GREEK = ("alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|"
          "Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega")
 NO_VALUE = r"\\\g<0>"  # puts a backslash before it, which `expression` then refuses
@@ -1247,6 +1251,10 @@ def parse_problem(line, needs_answer):
         return Problem(question, "", row=row)
     if type(answer) not in (str, int, float):  # True is an int by isinstance
         raise ValueError("no answer")
+    if isinstance(answer, float):
+        if not math.isfinite(answer):
+            raise ValueError("no number")
+        answer = format(Decimal(repr(answer)), "f")  # 0.00001, and not 1e-05
     answer = str(answer).rsplit("####", 1)[-1].strip()  # GSM8K ends in "#### 18"
     answer = extract_answer(answer) or answer
     if not answer:
@@ -1401,6 +1409,8 @@ def check_tokenizer(model, tokenizer, template):
     ids = prompt_ids(tokenizer, "1 + 1", template)
     if not ids:
         raise ValueError("its tokenizer makes no tokens of a text: its files are missing")
+    if ids == prompt_ids(tokenizer, "2 + 3", template):
+        raise ValueError("its chat template drops the question")
     check_ids(model, ids)
 
 def check_ids(model, ids):
@@ -1475,10 +1485,10 @@ def fitting_problems(name, problems, needed, model, tokenizer, config):
     are fewer than `needed`. The screen says how many are dropped."""
     room = room_for_prompts(model, config)
     for problem in problems:
-        problem.ids = prompt_ids(tokenizer, problem.question, config.template)
         try:
+            problem.ids = prompt_ids(tokenizer, problem.question, config.template)
             check_ids(model, problem.ids)
-        except ValueError as error:
+        except Exception as error:  # a chat template may raise anything
             raise UserError(f"cannot use --model {config.model}: {error}") from None
     fitting = [problem for problem in problems if 0 < len(problem.ids) <= room]
     say(f"{name}: {len(fitting)} of {len(problems)} problems have prompts of 1 to {room} tokens")
@@ -1716,6 +1726,7 @@ def train(config, reward=math_reward):
     problems, eval_sets = load_data(c, model, tokenizer, needs_answer=reward is math_reward)
     shard(model, c)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), fused=True)
+    start_moments(optimizer)
     state = initial_state(len(problems), c)
     if c.resume:
         load_checkpoint(Path(c.out), model, optimizer, state, problems)
@@ -1754,6 +1765,16 @@ def train(config, reward=math_reward):
             save_checkpoint(out, model, tokenizer, optimizer, state)
     conclude(out, c)
     return out
+
+def start_moments(optimizer):
+    """AdamW makes a weight's moments at its first gradient, which may come late or never. A
+    checkpoint saved before would make them by a step of its own, so they are made here."""
+    for weight in optimizer.param_groups[0]["params"]:
+        optimizer.state[weight] = dict(
+            step=torch.zeros((), device=weight.device),
+            exp_avg=torch.zeros_like(weight),
+            exp_avg_sq=torch.zeros_like(weight),
+        )
 
 def set_learning_rate(optimizer, step, config):
     """Linear warm-up, then constant (Appendix C); and the weight decay, since a resumed run may
@@ -1799,7 +1820,7 @@ def append_line(path, record):
 def say(text):
     """Prints a line; the first process does. What the terminal's encoding lacks is escaped."""
     if is_first_process():
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 def screen_figures(metrics, names):
@@ -1920,7 +1941,9 @@ def check_run_folder(config, reward):
     expected = {"config.json", "metrics.jsonl", "rollouts.jsonl", "model"}
     expected |= {"config.tmp", "checkpoint.tmp"}
     unfinished = saved is not None and not has_checkpoint and names <= expected
-    if names and not unfinished:
+    if unfinished and not saved["steps"]:
+        unfinished = False  # it is an evaluation, whose figures would be lost
+    if names - {"config.tmp"} and not unfinished:
         raise UserError(f"--out {out} is not empty: go on with the run in it (--resume), or choose "
                         "another folder")
 
@@ -2032,8 +2055,9 @@ def load_checkpoint(out, model, optimizer, state, problems):
     except Exception as error:  # whatever a file may hold
         raise UserError(f"cannot resume from {path}: {error}") from None
     if is_first_process():
-        os.truncate(out / "metrics.jsonl", saved["metrics_size"])
-        os.truncate(out / "rollouts.jsonl", saved["rollouts_size"])
+        for name in ("metrics", "rollouts"):
+            log = out / f"{name}.jsonl"
+            os.truncate(log, min(saved[f"{name}_size"], log.stat().st_size))
 
 # -- the command line
 def parse_config(argv):
@@ -2083,6 +2107,10 @@ def check_config(config):
     for name, value in vars(c).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise UserError(f"--{name} {value}: it must be a number, 0 or more")
+    for choice in fields(c):
+        allowed = get_args(choice.type)  # of a Literal, else nothing
+        if allowed and getattr(c, choice.name) not in allowed:
+            raise UserError(f"--{choice.name} must be one of {', '.join(allowed)}")
     positive = [
         "lr", "tau", "init_length", "max_grad_norm", "explore_eps", "eval_samples", "micro_tokens",
         "max_new_tokens", "max_prompt_tokens", "prompts_per_step", "minibatches", "split_low",

@@ -1014,6 +1014,11 @@ def test_what_is_not_json_lines_is_shown_safely(tmp_path, content, shown):
     assert shown in message
     assert message.isprintable()
 
+def test_small_numbers_are_written_out(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "a", "answer": 0.00001}\n{"question": "b", "answer": 27.0}')
+    assert [problem.answer for problem in skpo.load_problems(path)] == ["0.00001", "27.0"]
+
 def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n\n")
@@ -1585,6 +1590,25 @@ def test_a_killed_run_goes_on_as_if_undisturbed(folder, tmp_path):
     weights = (killed / "model/model.safetensors").read_bytes()
     assert weights == (tmp_path / "whole" / "model/model.safetensors").read_bytes()
 
+def late_reward(response, problem):
+    """Wrong twice, and then by the text."""
+    late_reward.calls += 1
+    return -1.0 if late_reward.calls <= 2 * 8 * 8 else float(len(set(response)) % 2)
+
+def test_saving_changes_nothing_before_the_first_advantage(quick, tmp_path):
+    runs = []
+    for save_every in (1, 0):
+        late_reward.calls = 0
+        plan = short(tmp_path / str(save_every), save_every=save_every, eval_every=0, lr=1e-2)
+        runs.append(metrics_of(skpo.train(Config(**plan), late_reward), "step"))
+    assert [row["grad_norm"] > 0 for row in runs[0]] == [False, False, True, True]
+    assert runs[0] == runs[1]
+
+def test_an_evaluation_is_not_written_over(quick, tmp_path):
+    plan = Config(**short(tmp_path, steps=0))
+    skpo.train(plan)
+    assert "is not empty" in refusal(skpo.train, plan)
+
 def test_a_run_stopped_before_its_first_checkpoint_can_be_started_again(quick, tmp_path):
     plan = Config(**short(tmp_path / "run", steps=1))
     skpo.train(replace(plan, out=str(tmp_path / "whole")))
@@ -1668,6 +1692,10 @@ def files(tmp_path, folder):
     settings = (folder / "config.json").read_text().replace('embeddings": 32768', 'embeddings": 64')
     (tmp_path / "narrow/config.json").write_text(settings)
     return tmp_path
+
+@pytest.mark.parametrize("wrong", [dict(algo="GRPO"), dict(ablation="no-skip"), dict(dtype="bf16")])
+def test_a_choice_that_is_none_is_refused_in_python_too(wrong):
+    assert "must be one of" in refusal(skpo.train, config(**wrong))
 
 @pytest.mark.parametrize("arguments, words", [
     ("--model @/none", "no such folder"),
@@ -2351,6 +2379,7 @@ no  !=  on
 """
 
 HOSTILE = [
+    r"x_{a_b_c_d_e_f_g_h_i_j_k_l_m_n_o_p_q_r_s_t_u_v_w_x_y_z}", "a_{" + "_" * 40 + "}",
     "9^{9^{9^9}}", "((((9^9)^9)^9)^9)^9", "(1+10^{-9})^{10^{9^9}}", "(-1)^{10^{40}+.5}",
     "0^{-1}", r"\sqrt[0]{5}", r"\sqrt[e]" * 20 + "7", "1" * 199, "1" * 200000, "1" * 190 + "e999",
     "1e999999999", "1e-999999999", "99999999!", "300!!!!", "69!" * 60, "2^" * 90 + "2",
