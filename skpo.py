@@ -1863,17 +1863,20 @@ def show_rollout(rollout, config):
             f"{end}")
 
 def printable(text, most=300):
-    """A model's text in quotes, for a terminal: one line; control characters, which could move the
-    cursor or worse, as escapes; the middle left out of a long one."""
+    """A model's text in quotes, for a terminal: one line, the middle left out of a long one."""
     if len(text) > most:
         text = text[:most // 2] + " ... " + text[-most // 2:]
+    return f"'{escaped(text)}'"
+
+def escaped(text):
+    """The text with its control characters, which could move the cursor or worse, as escapes."""
     shown = ""
     for character in text:
         if character.isprintable():
             shown += character
         else:
             shown += character.encode("unicode_escape").decode()
-    return f"'{shown}'"
+    return shown
 
 def paint(text, color):
     """The text in a colour, on a terminal."""
@@ -2158,7 +2161,7 @@ def main(argv=None, reward=math_reward):
         dist.destroy_process_group()
     except (UserError, OSError) as error:
         message = " ".join(f"skpo.py: {error}".split())
-        sys.exit(message[:600])
+        sys.exit(escaped(message[:600]))
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit("skpo.py: out of memory: lower --micro_tokens, --group_size or --max_new_tokens")
     except KeyboardInterrupt:

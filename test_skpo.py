@@ -1534,6 +1534,11 @@ def test_text_of_a_model_cannot_move_the_cursor():
     assert skpo.printable("Größe ∞") == "'Größe ∞'"
     assert len(skpo.printable("x" * 9999)) < 320
 
+def test_an_error_cannot_move_the_cursor_either(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        skpo.main(["--model=x", f"--data={tmp_path}/\x1b[2J"])
+    assert stop.value.code.endswith(r"/\x1b[2J")
+
 def test_an_ascii_terminal_is_no_error():
     code = "import skpo; skpo.say(skpo.printable('∞ \\ud800'))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
