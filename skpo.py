@@ -415,9 +415,8 @@ def collect(model, tokenizer, problems, state, config, reward):
     state.lengths.update(chosen, lengths.mean(1), D)
     state.kept.update(zip(chosen.tolist(), segments))
 
-    rollouts = rollout_records(tokenizer, q, responses, texts, R_II, A_II)  # [B] dicts
-    for record, i, s, value, A in zip(rollouts, chosen, segments, R_I.tolist(), A_I.tolist()):
-        record["problem"] = int(i)
+    rollouts = rollout_records(tokenizer, chosen, q, responses, texts, R_II, A_II)  # [B] dicts
+    for record, s, value, A in zip(rollouts, segments, R_I.tolist(), A_I.tolist()):
         record["segment"] = tokenizer.decode(s.tokens)
         record["value"] = value
         record["advantage"] = A
@@ -455,9 +454,7 @@ def collect_grpo(model, tokenizer, problems, state, config, reward):
             weight = response_weight / len(o.tokens)
             group_rows.append(Row(o, advantage, weight, ppo_clip=True))
         rows.append(group_rows)
-    rollouts = rollout_records(tokenizer, q, responses, texts, R, A)  # [B] dicts
-    for record, i in zip(rollouts, chosen):
-        record["problem"] = int(i)
+    rollouts = rollout_records(tokenizer, chosen, q, responses, texts, R, A)  # [B] dicts
     lengths = np.array([[len(o.tokens) for o in group] for group in responses])  # [B, G], tokens
     metrics = response_metrics(responses, lengths, R, A)
     metrics["tokens"] = count_tokens(responses)
@@ -512,19 +509,19 @@ def count_tokens(groups):
         total += sum(len(sample.tokens) for sample in group)
     return total
 
-def rollout_records(tokenizer, problems, groups, texts, rewards, advantages):
+def rollout_records(tokenizer, indices, problems, groups, texts, rewards, advantages):
     """What was sampled for each of P problems and how it was graded, in text and plain numbers, for
     the screen, rollouts.jsonl and analyses.
 
-    groups: [P][n] Samples; texts: [P][n]; rewards, advantages: [P, n]. -> [P] dicts, to which
-    `collect` adds the problem's index, and the segment's text, value R_I and advantage."""
+    indices: [P], of the problems; groups: [P][n] Samples; texts: [P][n]; rewards, advantages:
+    [P, n]. -> [P] dicts, to which `collect` adds the segment's text, value R_I and advantage."""
     records = []
     for p, problem in enumerate(problems):
         responses = []
         for o, text, R, A in zip(groups[p], texts[p], rewards[p].tolist(), advantages[p].tolist()):
             response = dict(text=text, reward=R, advantage=A, truncated=not o.finished)
             responses.append(response)
-        record = dict(problem=None, prompt=tokenizer.decode(problem.ids))
+        record = dict(problem=int(indices[p]), prompt=tokenizer.decode(problem.ids))
         record |= dict(segment=None, value=None, advantage=None, responses=responses)
         records.append(record)
     return records
@@ -1196,7 +1193,7 @@ def answer_problems(model, tokenizer, problems, config, reward):
     responses = [token_lists(group) for group in groups]  # [P][k] lists of ids
     texts, R = grade(tokenizer, problems, responses, reward)  # [P][k], [P, k]
     A = group_advantages(R)  # [P, k], as training would see them
-    return rollout_records(tokenizer, problems, groups, texts, R, A)
+    return rollout_records(tokenizer, range(len(problems)), problems, groups, texts, R, A)
 
 def evaluation_metrics(rollouts):
     """A response is right if its reward is above 0. accuracy: avg@k, the share of right responses;
@@ -1475,6 +1472,11 @@ def room_for_prompts(model, config):
         )
     return min(room, config.max_prompt_tokens)
 
+def training_source(config):
+    """The file of --data, or the name of the built-in problems that stand in for it."""
+    built_in = "sums" if config.model == "embedded" else "arithmetic"
+    return config.data or built_in
+
 def evaluation_sources(config):
     """The files of --eval_data, a list of names; commas may have spaces around them."""
     names = [name.strip() for name in config.eval_data.split(",")]
@@ -1510,8 +1512,7 @@ def load_data(config, model, tokenizer, needs_answer=True):
         eval_sets[source] = load_problems(source, needs_answer)
     train = []
     if config.steps or not eval_sets:
-        built_in = "sums" if config.model == "embedded" else "arithmetic"
-        train = load_problems(config.data or built_in, needs_answer)
+        train = load_problems(training_source(config), needs_answer)
     if not eval_sets:
         np.random.default_rng(0).shuffle(train)
         count = min(256, max(1, len(train) // 8))
@@ -1907,8 +1908,7 @@ def conclude(out, config):
     if config.eval_data:
         data = f'--eval_data "{config.eval_data}"'
     else:  # what was held out of --data
-        built_in = "sums" if config.model == "embedded" else "arithmetic"
-        data = f"--data {config.data or built_in}"
+        data = f"--data {training_source(config)}"
     names = ["template", "max_new_tokens", "temperature", "eval_samples", "eval_problems"]
     same = " ".join(f"--{name} {getattr(config, name)}" for name in names)
     python = min(sys.executable, os.path.relpath(sys.executable), key=len)
